@@ -1,0 +1,116 @@
+"""The threat model: what an adversary may do to an image. The only home of norm, eps, projection and membership."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fdml.errors import InputError, unknown
+
+Norm = Literal["linf", "l2", "l1"]
+NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
+Images = Float[Tensor, "b c h w"]
+
+
+@dataclass(frozen=True)
+class Threat:
+    """All images within ``eps`` of the given one in ``norm``, and inside [0, 1].
+
+    ``eps`` is in pixel units: 8/255 for the usual CIFAR-10 model, never 8. For ``linf`` it is at most 1; for ``l2`` and
+    ``l1`` the norm is the sum over all pixels and channels, as in the literature, so eps may exceed 1.
+
+    Raises ``InputError`` for an unknown norm and for an eps that is not finite, negative, or (linf) above 1.
+    """
+
+    norm: Norm
+    eps: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise unknown("norm", str(self.norm), NORMS)
+        if not 0 <= self.eps < float("inf"):
+            raise InputError(f"eps must be a finite number of at least 0, got {self.eps}")
+        if self.norm == "linf" and self.eps > 1:
+            meant = f"; did you mean {self.eps:g}/255?" if self.eps <= 255 else ""
+            raise InputError(f"eps {self.eps:g} is larger than the whole pixel range [0, 1]{meant}")
+
+    def __str__(self) -> str:
+        scaled = self.eps * 255
+        whole = self.norm == "linf" and abs(scaled - round(scaled)) < 1e-6 and self.eps > 0
+        return f"{self.norm} {round(scaled)}/255" if whole else f"{self.norm} {self.eps:g}"
+
+    def project(self, x_adv: Images, x: Images) -> Images:
+        """The point of the threat model around ``x`` that is nearest to ``x_adv`` in the ball, clipped to [0, 1].
+
+        Exact for linf. For l2 and l1 the ball is projected on first and the box second, as all published attacks do;
+        the clipping never leaves the ball, because ``x`` is itself inside the box.
+        """
+        if self.norm == "linf":
+            return torch.clamp(x_adv, (x - self.eps).clamp_(min=0), (x + self.eps).clamp_(max=1))
+        delta = x_adv - x
+        if self.norm == "l2":
+            delta = delta * (self.eps / _l2(delta).clamp(min=1e-12)).clamp(max=1)
+        else:
+            delta = _project_l1(delta, self.eps)
+        return (x + delta).clamp_(0, 1)
+
+    def random(self, x: Images, generator: torch.Generator | None = None) -> Images:
+        """A random start. linf: uniform in the cube. l2: uniform in the ball. l1: a Laplace direction, uniform radius."""
+        if self.norm == "linf":
+            noise = torch.empty_like(x).uniform_(-self.eps, self.eps, generator=generator)
+            return (x + noise).clamp_(0, 1)
+        dims = x[0].numel()
+        radius = torch.empty(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).uniform_(generator=generator)
+        if self.norm == "l2":
+            noise = torch.empty_like(x).normal_(generator=generator)
+            noise = noise / _l2(noise).clamp(min=1e-12) * radius ** (1 / dims)
+        else:
+            noise = torch.empty_like(x).exponential_(generator=generator)
+            noise = noise * torch.empty_like(x).uniform_(-1, 1, generator=generator).sign_()
+            noise = noise / noise.abs().sum((1, 2, 3), keepdim=True) * radius
+        return (x + self.eps * noise).clamp_(0, 1)
+
+    def ascend(self, x_adv: Images, grad: Images, step_size: float) -> Images:
+        """One step of steepest ascent of length ``step_size`` (pixel units of the norm), not projected.
+
+        linf: the sign. l2: the normalised gradient. l1: the largest 1% of the coordinates share the step (sparse ascent,
+        Tramèr and Boneh 2019).
+        """
+        if self.norm == "linf":
+            return torch.add(x_adv, grad.sign(), alpha=step_size)
+        if self.norm == "l2":
+            return x_adv + grad * (step_size / _l2(grad).clamp(min=1e-12))
+        flat = grad.flatten(1)
+        count = max(1, flat.shape[1] // 100)
+        top = flat.abs().topk(count, dim=1).indices
+        step = torch.zeros_like(flat).scatter_(1, top, flat.gather(1, top).sign()) / count
+        return x_adv + step_size * step.view_as(grad)
+
+    def distance(self, x_adv: Images, x: Images) -> Float[Tensor, " b"]:
+        """The norm of the perturbation of each image."""
+        delta = (x_adv - x).flatten(1)
+        if self.norm == "linf":
+            return delta.abs().amax(1)
+        return delta.norm(p=2 if self.norm == "l2" else 1, dim=1)
+
+    def contains(self, x_adv: Images, x: Images, slack: float = 1e-5) -> Bool[Tensor, " b"]:
+        """Whether each image is inside the threat model, up to ``slack`` (relative to eps) of floating-point error."""
+        inside = (x_adv >= 0).flatten(1).all(1) & (x_adv <= 1).flatten(1).all(1)
+        return inside & (self.distance(x_adv, x) <= self.eps * (1 + slack) + 1e-7)
+
+
+def _l2(delta: Images) -> Float[Tensor, "b 1 1 1"]:
+    return delta.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+def _project_l1(delta: Images, eps: float) -> Images:
+    """Euclidean projection on the l1 ball (Duchi et al. 2008, figure 1): soft-threshold at the exact level."""
+    flat = delta.flatten(1)
+    size = flat.abs()
+    ordered = size.sort(dim=1, descending=True).values
+    level = (ordered.cumsum(1) - eps) / torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype)
+    count = (ordered > level).sum(1, keepdim=True).clamp(min=1)
+    threshold = level.gather(1, count - 1).clamp(min=0)
+    return (flat.sign() * (size - threshold).clamp(min=0)).view_as(delta)

@@ -1,0 +1,1 @@
+"""``fdml.serve``: the inference server. Its first command comes with a later release."""
