@@ -1,0 +1,42 @@
+"""The inner attack: the adversarial images that the student learns from."""
+
+import torch
+from torch import Tensor
+
+from fdml import losses
+from fdml.attacks import n_fgsm, pgd
+from fdml.inference import inference
+from fdml.models import RobustModel
+from fdml.recipe import Recipe
+from fdml.threat import Threat
+
+
+def attack_start(recipe: Recipe, x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
+    """Where the inner attack on ``x`` begins. Drawn for the global batch, so that processes share one randomness."""
+    if recipe.attack == "none":
+        return x
+    if recipe.attack == "n-fgsm":
+        return x + torch.empty_like(x).uniform_(-2 * threat.eps, 2 * threat.eps, generator=generator)
+    if recipe.base == "trades":
+        # The KL has no gradient at the clean image itself; the published code starts a hair beside it.
+        return (x + 0.001 * torch.empty_like(x).normal_(generator=generator)).clamp_(0, 1)
+    return threat.random(x, generator)
+
+
+def inner_attack(recipe: Recipe, model: RobustModel, x: Tensor, start: Tensor, y: Tensor, threat: Threat) -> Tensor:
+    """Adversarial images of ``x`` against ``model`` as it is: gradients of the input alone, BatchNorm in eval mode."""
+    if recipe.attack == "none":
+        return x
+    if recipe.attack == "n-fgsm":
+        return n_fgsm(model, x, y, threat, start=start)
+    ascends = losses.cross_entropy
+    if recipe.base == "trades":
+        with inference(model), torch.no_grad():
+            clean = model(x)
+
+        def ascends(logits: Tensor, y: Tensor) -> Tensor:
+            return losses.kl_divergence(clean, logits)
+
+    step_size = recipe.attack_step * threat.eps
+    steps = recipe.attack_steps
+    return pgd(model, x, y, threat, steps=steps, step_size=step_size, objective=ascends, start=start, keep="last")

@@ -1,0 +1,31 @@
+"""Attacks: functions over any callable from images in [0, 1] to logits, and the dict of their names."""
+
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from fdml.attacks.gradient import OBJECTIVES, apgd, fgsm, n_fgsm, pgd
+from fdml.attacks.gradient import Model as Model
+from fdml.losses import Labels
+from fdml.threat import Images, Threat
+
+__all__ = ["ATTACKS", "OBJECTIVES", "Attack", "apgd", "fgsm", "n_fgsm", "pgd"]
+
+
+class Attack(Protocol):
+    """``attack(model, x, y, threat, generator=…) -> x_adv``, inside the threat model."""
+
+    def __call__(
+        self, model: Model, x: Images, y: Labels, threat: Threat, *, generator: torch.Generator | None = None
+    ) -> Images: ...
+
+
+ATTACKS: dict[str, Attack] = {
+    "fgsm": fgsm,
+    "pgd20": partial(pgd, steps=20),
+    "pgd50x3": partial(pgd, steps=50, restarts=3),
+    "apgd50-ce": partial(apgd, steps=50, objective="ce"),
+    "apgd50-dlr": partial(apgd, steps=50, objective="dlr"),
+}
+"""The attacks of the closing table, weakest first."""

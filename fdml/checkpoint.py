@@ -1,0 +1,105 @@
+"""One model, one ``.safetensors`` file with its Card in the header; and, beside it, the state that a run resumes from."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fdml.card import KEY, Card, header, read_card
+from fdml.errors import InputError
+from fdml.files import write_whole
+from fdml.models import RobustModel, build
+
+CUSTOM = "custom"
+"""The architecture of a model whose code fdml does not have: ``wrap`` made it, and ``load`` must be given it."""
+
+STATE_FORMAT = "1"
+
+
+def save(model: RobustModel, card: Card, path: str | Path) -> None:
+    """Writes the weights and the card to one file, whole or not at all.
+
+    Raises ``InputError`` when the system refuses to write; the previous file is then intact.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {KEY: card.to_json()}
+    write_whole(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu", model: RobustModel | None = None) -> RobustModel:
+    """The model of a file that ``fdml train`` wrote: an ``nn.Module`` from images in [0, 1] to logits, in eval mode.
+
+    The file alone is enough for fdml's own architectures. A model made by ``wrap`` needs its code: give a freshly built
+    one as ``model``, and it is filled.
+
+    Raises ``InputError`` for a file without a card or with a newer one, and for weights that do not fit the architecture.
+    """
+    path = Path(path)
+    card = read_card(path)
+    if model is None:
+        if card.architecture == CUSTOM:
+            raise InputError(f"{path} holds a wrapped model of the user's own: give load(…, model=) its code")
+        # The card's limits bound a single layer; the header, which is proved to fit the file, bounds the whole model.
+        with torch.device("meta"):
+            empty = _build(card)
+        _check_fit(path, empty)
+        model = _build(card)
+    else:
+        _check_fit(path, model)
+    try:
+        model.load_state_dict(safetensors.torch.load_file(path))
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: the weights cannot be read: {str(error).splitlines()[0]}") from None
+    return model.eval().to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _build(card: Card) -> RobustModel:
+    return build(
+        card.architecture,
+        input=card.input,
+        classes=len(card.classes),
+        mean=card.mean,
+        std=card.std,
+        options=card.options,
+    )
+
+
+def _check_fit(path: Path, model: RobustModel) -> None:
+    found = {name: info.shape for name, info in header(path).tensors.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in wanted.items():
+        if name not in found:
+            raise InputError(f"{path}: the tensor {name!r} is missing; the card does not describe this file's weights")
+        if found[name] != shape:
+            raise InputError(f"{path}: the tensor {name!r} has shape {list(found[name])}, the card's network {list(shape)}")
+    for name in found:
+        if name not in wanted:
+            raise InputError(f"{path}: the tensor {name!r} is not part of the network that the card describes")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run needs to go on as if it had not stopped: tensors by name, and plain JSON values."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Writes a resumable state, whole or not at all; floats keep every bit."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"fdml.state": STATE_FORMAT, "values": json.dumps(values)}
+    write_whole(path, lambda temporary: safetensors.torch.save_file(ready, temporary, metadata))
+
+
+def load_state(path: Path) -> State:
+    """The state that ``save_state`` wrote; raises ``InputError`` for a file that is no state of this version."""
+    metadata = header(path).metadata
+    if metadata.get("fdml.state") != STATE_FORMAT:
+        raise InputError(f"{path} is not a training state of this version of fdml: train again with --overwrite")
+    return State(safetensors.torch.load_file(path), json.loads(metadata["values"]))

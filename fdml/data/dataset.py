@@ -1,0 +1,232 @@
+"""Images and labels as the training loop sees them: batches on a device, in the order that the caller asks for."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fdml.data import images as pictures
+from fdml.errors import InputError
+
+Device = torch.device | str
+
+
+class Batch(NamedTuple):
+    """One step's images, all on one device: ``index`` is the place in the split, ``x`` is float32 in [0, 1]."""
+
+    index: Int64[Tensor, " b"]  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.index: meant)
+    x: Float[Tensor, "b c h w"]
+    y: Int64[Tensor, " b"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """A split that lies in memory as uint8, on the device that it was last moved to.
+
+    Raises ``InputError`` when the two tensors do not fit each other.
+    """
+
+    images: UInt8[Tensor, "n c h w"]
+    labels: Int64[Tensor, " n"]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise InputError(f"images must be uint8 n c h w, got {self.images.dtype} {tuple(self.images.shape)}")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            wanted, got = f"int64 ({len(self.images)},)", f"{self.labels.dtype} {tuple(self.labels.shape)}"
+            raise InputError(f"labels must be {wanted}, one an image, got {got}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of every image."""
+        c, h, w = self.images.shape[1:]
+        return c, h, w
+
+    def to(self, device: Device) -> "Arrays":
+        """The same split on ``device``: moved once, as bytes."""
+        return Arrays(self.images.to(device), self.labels.to(device))
+
+    def take(self, index: Int64[Tensor, " k"]) -> "Arrays":
+        """The images at ``index``, in that order."""
+        index = index.to(self.images.device)
+        return Arrays(self.images.index_select(0, index), self.labels.index_select(0, index))
+
+    def head(self, n: int) -> "Arrays":
+        """The first ``n`` images, or all there are."""
+        return Arrays(self.images[:n], self.labels[:n])
+
+    def all(self) -> Batch:
+        """Every image, as one batch."""
+        return next(self.batches([torch.arange(len(self))]))
+
+    def batches(self, indices: Sequence[Int64[Tensor, " b"]]) -> Iterator[Batch]:
+        """One batch an index tensor, in the order given. Bytes become floats on the device."""
+        for chosen in indices:
+            index = chosen.to(self.images.device)
+            x = self.images.index_select(0, index).float().div_(255)
+            yield Batch(index, x, self.labels.index_select(0, index))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Files:
+    """A split that stays on disk: worker processes decode each batch when its turn comes, a few batches ahead.
+
+    ``names`` are paths relative to ``root``; ``labels`` is on the CPU; every image is brought to ``shape`` (c, h, h).
+    The worker processes read files and nothing else: they draw no random numbers and never see the device.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    labels: Int64[Tensor, " n"]
+    shape: tuple[int, int, int]
+    device: Device = "cpu"
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.labels):
+            raise InputError(f"{self.root}: {len(self.names)} files but {len(self.labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: Device) -> "Files":
+        """The same split, whose batches will arrive on ``device``."""
+        return replace(self, device=device)
+
+    def take(self, index: Int64[Tensor, " k"]) -> "Files":
+        """The files at ``index``, in that order."""
+        names = tuple(self.names[i] for i in index.tolist())
+        return replace(self, names=names, labels=self.labels.index_select(0, index.cpu()))
+
+    def head(self, n: int) -> Arrays:
+        """The first ``n`` images, or all there are, decoded into memory. Raises ``InputError`` as ``batches``."""
+        paths = [self.root / name for name in self.names[:n]]
+        decoded = torch.from_numpy(pictures.read_all(paths, self.shape))
+        return Arrays(decoded, self.labels[:n].clone()).to(self.device)
+
+    def batches(self, indices: Sequence[Int64[Tensor, " b"]]) -> Iterator[Batch]:
+        """One batch an index tensor, in the order given. Raises ``InputError`` that names an unreadable image."""
+        for index, decoded in zip(indices, self._decoded(indices), strict=True):
+            x = torch.from_numpy(decoded).to(self.device).float().div_(255)
+            index = index.to("cpu")
+            y = self.labels.index_select(0, index)
+            yield Batch(index.to(self.device), x, y.to(self.device))
+
+    def _decoded(self, indices: Sequence[Tensor]) -> Iterator[np.ndarray]:
+        if not len(indices):
+            return
+        loader = DataLoader(
+            _Decoder(self.root, self.names, self.shape),
+            sampler=[index.tolist() for index in indices],
+            batch_size=None,
+            num_workers=min(_cpus(), 8, len(indices)),
+            # Arrays travel through a pipe; tensors would need shared memory, of which a container may have 64 MB.
+            collate_fn=_unchanged,  # pyright: ignore[reportArgumentType]  (torch types it for lists of samples only)
+            # A generator of its own, else the loader draws a seed from the global one and disturbs the training run.
+            generator=torch.Generator(),
+        )
+        for decoded in loader:
+            if isinstance(decoded, str):
+                raise InputError(decoded)
+            yield decoded
+
+
+Split = Arrays | Files
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """Three splits of one data set. ``fingerprint`` is the SHA-256 of their content, in hex."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+    fingerprint: str
+
+    def to(self, device: Device) -> "DataSet":
+        """The same data set, whose batches arrive on ``device``."""
+        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
+
+    @property
+    def input(self) -> tuple[int, int, int]:
+        """(c, h, w) of every image."""
+        return self.train.shape
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel of the training images, in [0, 1]."""
+        return self._statistics[0]
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel of the training images, in units of [0, 1]."""
+        return self._statistics[1]
+
+    @cached_property
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return channel_statistics(self.train)
+
+
+def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over all pixels, in units of [0, 1].
+
+    Over the whole split for ``Arrays``; over its first 2,000 images for ``Files``. Sums are exact, so the result is the
+    same on every device. A deviation below one grey level is raised to it (1/255), so that dividing by it is safe.
+    """
+    counts = torch.zeros(split.shape[0], 256, dtype=torch.int64)
+    for block in _blocks(split):
+        for channel, pixels in enumerate(block.unbind(1)):
+            counts[channel] += torch.bincount(pixels.flatten(), minlength=256).cpu()
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    share = counts.double() / counts.sum(1, keepdim=True)
+    mean = share @ levels
+    variance = (share * (levels - mean[:, None]) ** 2).sum(1)
+    return tuple(mean.tolist()), tuple(variance.sqrt().clamp(min=1 / 255).tolist())
+
+
+def _blocks(split: Split) -> Iterator[UInt8[Tensor, "k c h w"]]:
+    if isinstance(split, Arrays):
+        yield from split.images.split(4096)
+        return
+    steps = torch.arange(min(len(split), 2000)).split(64)
+    for decoded in split._decoded(steps):
+        yield torch.from_numpy(decoded)
+
+
+class _Decoder(Dataset[np.ndarray | str]):
+    """What a worker process runs: a list of places in, that batch as bytes out, or the message of what went wrong.
+
+    The message travels as text because the loader rebuilds a raised exception with a worker's traceback inside it.
+    """
+
+    def __init__(self, root: Path, names: tuple[str, ...], shape: tuple[int, int, int]) -> None:
+        self.root, self.names, self.shape = root, names, shape
+
+    def __getitem__(self, index: list[int]) -> np.ndarray | str:
+        try:
+            return pictures.read_all([self.root / self.names[i] for i in index], self.shape, threads=1)
+        except InputError as error:
+            return str(error)
+
+
+def _unchanged(decoded: np.ndarray | str) -> np.ndarray | str:
+    return decoded
+
+
+def _cpus() -> int:
+    """How many processors this process may use; a container often has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

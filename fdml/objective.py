@@ -1,0 +1,100 @@
+"""What the student minimises: the label's term, feature distillation and the metric term, each at its weight."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdml import losses
+from fdml.guidance import Advice, Guided
+from fdml.models import RobustModel
+from fdml.recipe import Recipe
+from fdml.world import World
+
+
+@dataclass
+class Terms:
+    """The terms of one step's loss, weighted, and what to log beside them."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+    def total(self) -> Tensor:
+        """The loss."""
+        return torch.stack(list(self.losses.values())).sum()
+
+
+def objective(
+    recipe: Recipe,
+    runner: nn.Module,
+    guided: Guided,
+    x: Tensor,
+    x_adv: Tensor,
+    y: Tensor,
+    advice: Advice | None,
+    done: float,
+    world: World,
+) -> Terms:
+    """The loss of one batch when the share ``done`` of training is behind.
+
+    ``runner`` is ``guided``, perhaps inside DistributedDataParallel: every pass whose gradient is to be averaged over
+    processes begins there. ``x_adv`` are the adversarial images of ``x`` (for clean training, ``x`` itself).
+
+    With S the student, T the teacher and r the weight of guidance:
+    ce: CE(S(x'), soft_target); trades: CE(S(x), ·) + beta KL(S(x) ‖ S(x')); mart: BCE(S(x')) + beta KL · (1 − p_y(x)),
+    then + r · fd · mean_l (1 − cos(S_l(x'), T_l(x))) + r · ml · triplet(S(x'), positive, confused negative).
+    """
+    terms = Terms()
+    logits, taps = runner(x_adv)
+    target = losses.soft_target(
+        y,
+        logits.shape[1],
+        smoothing=recipe.label_smoothing,
+        answer=advice.logits if advice else None,
+        weight=recipe.answer,
+        temperature=recipe.temperature,
+    )
+    if recipe.base == "ce":
+        terms.losses["ce"] = F.cross_entropy(logits, target)
+    else:
+        clean, _ = runner(x)
+        drift = losses.kl_divergence(clean, logits)
+        if recipe.base == "trades":
+            terms.losses["ce"] = F.cross_entropy(clean, target)
+        else:
+            terms.losses["bce"] = losses.boosted_cross_entropy(logits, y).mean()
+            drift = drift * (1 - clean.softmax(1).gather(1, y[:, None]).squeeze(1))
+        terms.losses["kl"] = recipe.beta * drift.mean()
+
+    weight = guidance_weight(recipe, done)
+    if recipe.fd and advice and weight:
+        distances = [losses.feature_distance(taps[layer], advice.taps[layer]) for layer in recipe.layers]
+        terms.losses["fd"] = weight * recipe.fd * torch.stack(distances).mean()
+    if recipe.ml and advice and weight:
+        pooled = guided.model.tap_names[-1]
+        # Who is near whom is judged between features of clean images: the teacher's, or the student's own.
+        positive = advice.taps[pooled] if recipe.positive == "teacher" else _clean_features(guided.model, x)
+        confused = logits.detach().scatter(1, y[:, None], -torch.inf).argmax(1)
+        found = losses.triplet(
+            taps[pooled], positive, world.gather(positive), y, confused, world.gather(y), margin=recipe.margin
+        )
+        terms.losses["ml"] = weight * recipe.ml * found.loss
+        terms.logs = {"active": found.active, "d_ap": found.d_ap, "d_an": found.d_an}
+    return terms
+
+
+def guidance_weight(recipe: Recipe, done: float) -> float:
+    """r(t): the share of their weight that the teacher's terms have when the share ``done`` of training is behind."""
+    passed = min(1.0, done / recipe.guidance_until) if recipe.guidance_until else 1.0
+    return {"ramp": passed, "fade": 1.0 - passed, "hold": 1.0}[recipe.guidance]
+
+
+def _clean_features(model: RobustModel, x: Tensor) -> Tensor:
+    """Pooled features of clean images by the running statistics: in training mode a clean batch would make these a
+    mixture that describes neither kind of image."""
+    model.eval()
+    try:
+        return model.outputs(x).taps[model.tap_names[-1]]
+    finally:
+        model.train()

@@ -1,0 +1,227 @@
+"""Recipe: everything that decides what a training run computes, flat and frozen."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal
+
+from fdml.errors import InputError, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run. Sizes are in images and steps, eps in pixel units, shares in [0, 1]; 0 switches a term off.
+
+    Raises ``InputError`` for a value out of its range. ``override`` changes a field by its name.
+    """
+
+    name: str
+    seed: int = 0
+
+    # The threat model, which fdml.threat.Threat checks. eps is in pixel units: 8/255, never 8.
+    norm: str = "linf"
+    eps: float = 8 / 255
+
+    # The network. `width` None is the architecture's own.
+    architecture: str = "cnn"
+    width: int | None = None
+    preact: bool = False
+    start: Literal["random", "teacher"] = "random"
+
+    # The loop. `warmup` is the share of training in which a one-cycle rate rises; a multi-step one falls tenfold at 50%
+    # and 75%.
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["one-cycle", "multi-step", "constant"] = "one-cycle"
+    warmup: float = 0.2
+    clip: float = 0.0
+    ema: float = 0.999
+    augment: str = "none"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+
+    # The inner attack. `attack_step` is in units of eps; n-fgsm takes one step of eps.
+    attack: Literal["none", "pgd", "n-fgsm"] = "pgd"
+    attack_steps: int = 10
+    attack_step: float = 0.25
+
+    # Learning the label: ce on x', trades (ce on x + beta KL) or mart; `answer` is the teacher's share of the target.
+    base: Literal["ce", "trades", "mart"] = "ce"
+    beta: float = 6.0
+    label_smoothing: float = 0.1
+    answer: float = 0.0
+    temperature: float = 2.0
+
+    # Guidance by the teacher: feature distillation at `fd_layers`, and the metric term. `ramp` raises both weights from 0
+    # until the share `guidance_until` of training, `fade` lowers them to 0 by then, `hold` keeps them.
+    fd: float = 0.0
+    fd_layers: str = "stage3"
+    ml: float = 0.0
+    margin: float = 0.03
+    positive: Literal["teacher", "student"] = "teacher"
+    guidance: Literal["ramp", "fade", "hold"] = "fade"
+    guidance_until: float = 0.7
+
+    # Adversarial weight perturbation: gamma, and the share of training before it begins.
+    awp: float = 0.0
+    awp_after: float = 0.1
+
+    # The teacher: the same network, trained on clean images.
+    teacher_epochs: int = 20
+    teacher_lr: float = 0.1
+    teacher_width: int | None = None
+
+    # Validation: a share of the training images, and the steps and images of the attack that chooses the best epoch.
+    val_fraction: float = 0.1
+    val_steps: int = 10
+    val_limit: int = 1000
+
+    # The closing table: test images attacked.
+    test_limit: int = 1000
+
+    def __post_init__(self) -> None:
+        for field, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, field)
+            choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+            if choices and value not in choices:
+                raise unknown(f"value of {field}", str(value), choices)
+            low, high = _RANGES.get(field, (None, None))
+            if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
+                wanted = f"between {low} and {high}" if high is not None else f"at least {low}"
+                raise InputError(f"{field}={value} is out of range: it must be {wanted}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term of the student's loss looks at the teacher."""
+        return self.answer > 0 or self.fd > 0 or self.ml > 0 or self.start == "teacher"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The taps that feature distillation compares."""
+        return tuple(name.strip() for name in self.fd_layers.split(",") if name.strip())
+
+    @property
+    def augmentations(self) -> tuple[str, ...]:
+        """Names for ``fdml.data.augment``; empty for none."""
+        return () if self.augment == "none" else tuple(name.strip() for name in self.augment.split(","))
+
+    def teacher(self) -> "Recipe":
+        """The recipe of this recipe's teacher: clean images, no guidance."""
+        return replace(
+            self,
+            name="standard",
+            epochs=self.teacher_epochs,
+            lr=self.teacher_lr,
+            width=self.teacher_width or self.width,
+            attack="none",
+            base="ce",
+            answer=0.0,
+            fd=0.0,
+            ml=0.0,
+            awp=0.0,
+            start="random",
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """Every field, as JSON values."""
+        return dataclasses.asdict(self)
+
+
+_RANGES: dict[str, tuple[float | None, float | None]] = {
+    "seed": (0, 2**31 - 1),
+    "eps": (0, None),
+    "width": (1, 1024),
+    "epochs": (1, 100_000),
+    "batch_size": (1, 1_000_000),
+    "lr": (0, 100),
+    "momentum": (0, 1),
+    "weight_decay": (0, 1),
+    "warmup": (0, 1),
+    "clip": (0, None),
+    "ema": (0, 1),
+    "attack_steps": (1, 10_000),
+    "attack_step": (0, 10),
+    "beta": (0, None),
+    "label_smoothing": (0, 1),
+    "answer": (0, 1),
+    "temperature": (1e-3, 1e3),
+    "fd": (0, None),
+    "ml": (0, None),
+    "margin": (0, 2),
+    "guidance_until": (0, 1),
+    "awp": (0, 1),
+    "awp_after": (0, 1),
+    "teacher_epochs": (1, 100_000),
+    "teacher_lr": (0, 100),
+    "teacher_width": (1, 1024),
+    "val_fraction": (0.001, 0.5),
+    "val_steps": (1, 10_000),
+    "val_limit": (1, None),
+    "test_limit": (1, None),
+}
+
+
+def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+    """The recipe with ``key=value`` assignments applied; fractions such as ``eps=8/255`` are read as numbers.
+
+    Raises ``InputError`` for an assignment without ``=``, an unknown key (with the nearest one), and a value that is not of
+    the key's type or out of its range.
+    """
+    kinds = typing.get_type_hints(Recipe)
+    changes: dict[str, object] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals:
+            raise InputError(f"{assignment!r} is not an override: write key=value, for example eps=8/255")
+        if key not in kinds or key == "name":
+            raise unknown("recipe key", key, [known for known in kinds if known != "name"])
+        changes[key] = _parse(key, text.strip(), kinds[key])
+    return replace(recipe, **changes)
+
+
+def _parse(key: str, text: str, kind: object) -> object:
+    if typing.get_origin(kind) is Literal or kind is str:
+        return text
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if text.lower() == "none":
+            return None
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    if kind is bool:
+        if text.lower() in ("true", "yes", "on", "1"):
+            return True
+        if text.lower() in ("false", "no", "off", "0"):
+            return False
+        raise InputError(f"{key}={text!r}: write true or false")
+    try:
+        if kind is int:
+            return int(text)
+        number = float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        wanted = "a whole number" if kind is int else "a number, such as 0.1 or 8/255"
+        raise InputError(f"{key}={text!r}: write {wanted}") from None
+    if number != number or number in (float("inf"), float("-inf")):
+        raise InputError(f"{key}={text!r}: write a finite number")
+    return number
+
+
+def from_dict(values: dict[str, object]) -> Recipe:
+    """The recipe of a ``recipe.json``; raises ``InputError`` for an unknown key, a wrong type or a value out of range."""
+    kinds = typing.get_type_hints(Recipe)
+    for key, value in values.items():
+        if key not in kinds:
+            raise unknown("recipe key", str(key), kinds)
+        allowed = typing.get_args(kinds[key]) or (kinds[key],)
+        is_choice = typing.get_origin(kinds[key]) is Literal
+        fits = isinstance(value, str) if is_choice else isinstance(value, (*allowed, int) if float in allowed else allowed)
+        if not fits or (isinstance(value, bool) and bool not in allowed):
+            raise InputError(f"recipe key {key!r} has the value {value!r}, which is not of its type")
+    if "name" not in values:
+        raise InputError("a recipe needs a name")
+    return Recipe(**typing.cast("dict[str, typing.Any]", values))

@@ -1,0 +1,89 @@
+"""The named recipes: each a function from a data set's settings to a Recipe, with its source."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from fdml.errors import unknown
+from fdml.recipe import Recipe
+
+
+def fdml(base: Recipe) -> Recipe:
+    """The method: AT guided by a clean teacher's features (distillation + metric loss) and softened answers."""
+    return replace(base, answer=0.5, fd=0.3, ml=2.0)
+
+
+def fd(base: Recipe) -> Recipe:
+    """Ablation: PGD-AT and feature distillation alone."""
+    return replace(base, fd=1.0)
+
+
+def ml(base: Recipe) -> Recipe:
+    """Ablation: PGD-AT and the metric loss alone."""
+    return replace(base, ml=2.0)
+
+
+def pgd_at(base: Recipe) -> Recipe:
+    """Adversarial training on PGD examples (Madry et al. 2018)."""
+    return base
+
+
+def trades(base: Recipe) -> Recipe:
+    """CE on clean images + beta KL(clean ‖ adversarial), inner attack on the KL (Zhang et al. 2019)."""
+    return replace(base, base="trades", beta=6.0, label_smoothing=0.0)
+
+
+def mart(base: Recipe) -> Recipe:
+    """Boosted CE + KL weighted by misclassification (Wang et al. 2020)."""
+    return replace(base, base="mart", beta=5.0, label_smoothing=0.0)
+
+
+def fast_at(base: Recipe) -> Recipe:
+    """One-step training with strong noise, N-FGSM (de Jorge et al. 2022)."""
+    return replace(base, attack="n-fgsm")
+
+
+def standard(base: Recipe) -> Recipe:
+    """Clean images only: what a teacher is, and what adversarial training is compared with."""
+    return replace(base, attack="none")
+
+
+RECIPES: dict[str, Callable[[Recipe], Recipe]] = {
+    "fdml": fdml,
+    "fd": fd,
+    "ml": ml,
+    "pgd-at": pgd_at,
+    "trades": trades,
+    "mart": mart,
+    "fast-at": fast_at,
+    "standard": standard,
+}
+
+
+def _digits() -> Recipe:
+    return Recipe(name="digits", eps=0.2, epochs=40, teacher_epochs=15, attack_steps=5, attack_step=0.5)
+
+
+def _small_grey() -> Recipe:
+    return Recipe(name="grey", eps=0.1, epochs=5, teacher_epochs=3, attack_steps=2, attack_step=0.75)
+
+
+def _small_colour() -> Recipe:
+    return Recipe(
+        name="colour", eps=8 / 255, architecture="resnet18", epochs=30, teacher_epochs=30, augment="flip,crop"
+    )
+
+
+SETTINGS: dict[str, Callable[[], Recipe]] = {
+    "digits": _digits,
+    "mnist": lambda: replace(_small_grey(), eps=0.3),
+    "fashion-mnist": _small_grey,
+}
+"""What a data set asks for: threat, network and length. Any other set is taken for small colour images."""
+
+
+def recipe(name: str, data: str = "digits") -> Recipe:
+    """The recipe ``name`` with the settings of the data set ``data``; raises ``InputError`` for an unknown recipe."""
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    base = SETTINGS.get(data, _small_colour)()
+    return RECIPES[name](replace(base, name=name))

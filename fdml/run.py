@@ -1,0 +1,103 @@
+"""The run folder: what is in it, who may write it, and how a run finds its way back."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fdml
+from fdml.errors import InputError
+from fdml.files import write_whole
+from fdml.recipe import Recipe, from_dict
+
+_OURS = ("recipe.json", "metrics.jsonl", "student.safetensors", "student-last.safetensors", "teacher.safetensors")
+_OUR_FOLDERS = ("report", "state")
+
+
+class Run:
+    """A folder with ``recipe.json``, ``metrics.jsonl``, ``teacher.safetensors``, ``student.safetensors`` (best on
+    validation), ``student-last.safetensors``, ``report/`` and ``state/``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.report = path / "report"
+        self.metrics = path / "metrics.jsonl"
+
+    def model(self, role: str, which: str = "") -> Path:
+        """The file of the ``teacher`` or ``student``; ``which`` may be ``last``."""
+        return self.path / f"{role}{'-' if which else ''}{which}.safetensors"
+
+    def state(self, role: str) -> Path:
+        """The resumable state of the training of ``role``; never shipped."""
+        return self.path / "state" / f"{role}.safetensors"
+
+    def best(self, role: str) -> Path:
+        """The best model so far, before the run ends."""
+        return self.path / "state" / f"{role}-best.safetensors"
+
+    def begin(self, recipe: Recipe, data: Mapping[str, str], *, resume: bool, overwrite: bool) -> None:
+        """Makes the folder this run's own.
+
+        Raises ``InputError`` when it holds another run and neither ``resume`` nor ``overwrite`` is given, or when ``resume``
+        meets another recipe or other data.
+        """
+        held = [name for name in (*_OURS, *_OUR_FOLDERS) if (self.path / name).exists()]
+        if held and overwrite:
+            for name in held:
+                target = self.path / name
+                shutil.rmtree(target) if target.is_dir() else target.unlink()
+        elif held and not resume:
+            raise InputError(
+                f"{self.path} already holds a run ({', '.join(held)}): continue it with --resume, replace it with"
+                " --overwrite, or name another folder with --out"
+            )
+        elif held:
+            self._check_same(recipe, data)
+            return
+        content = {"fdml": fdml.__version__, "recipe": recipe.to_dict(), "data": dict(data)}
+        write_whole(self.path / "recipe.json", json.dumps(content, indent=2) + "\n")
+
+    def recipe(self) -> Recipe:
+        """The recipe that the folder was begun with; raises ``InputError`` where there is none that can be read."""
+        return from_dict(self._begun()["recipe"])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``."""
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
+
+    def keep_rows(self, role: str, epochs: int) -> None:
+        """Drops the lines of ``role`` beyond the first ``epochs``: what a killed run wrote after its last state."""
+        rows = [row for row in self.rows() if row["role"] != role or row["epoch"] <= epochs]
+        if self.metrics.exists():
+            write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Appends one line to ``metrics.jsonl``."""
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.metrics}: {error.strerror}") from error
+
+    def _begun(self) -> dict[str, Any]:
+        path = self.path / "recipe.json"
+        try:
+            content = json.loads(path.read_text())
+            assert isinstance(content["recipe"], dict)
+            assert isinstance(content["data"], dict)
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing, so this run cannot be resumed: start again with --overwrite") from None
+        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            raise InputError(f"{path} cannot be read as a recipe: start again with --overwrite") from None
+        return content
+
+    def _check_same(self, recipe: Recipe, data: Mapping[str, str]) -> None:
+        begun = self._begun()
+        for kind, old, new in (("recipe", begun["recipe"], recipe.to_dict()), ("data", begun["data"], dict(data))):
+            for key in sorted(old.keys() | new.keys()):
+                if old.get(key) != new.get(key):
+                    raise InputError(
+                        f"{self.path} was begun with {kind} {key}={old.get(key)!r}, not {new.get(key)!r}: resume it as it"
+                        " was, or start again with --overwrite"
+                    )

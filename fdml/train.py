@@ -1,0 +1,313 @@
+"""Training, top to bottom: a teacher on clean images, then a student on adversarial ones under its guidance."""
+
+import hashlib
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import fdml
+from fdml.adversary import attack_start, inner_attack
+from fdml.attacks import ATTACKS, pgd
+from fdml.card import Card, read_card
+from fdml.checkpoint import load, load_state, save, save_state
+from fdml.data.augment import augment
+from fdml.data.dataset import DataSet, Files
+from fdml.errors import InputError
+from fdml.evaluate import evaluate
+from fdml.guidance import Guided, Teacher
+from fdml.learner import Learner, learning_rate
+from fdml.models import RobustModel, build
+from fdml.progress import Progress
+from fdml.recipe import Recipe
+from fdml.report import write_report
+from fdml.run import Run
+from fdml.threat import Threat
+from fdml.world import World
+
+STATE_SECONDS = 60.0
+"""A state is saved at the end of each epoch, and within an epoch whenever the last one is older than this."""
+
+
+class TrainingStopped(InputError):
+    """The run stopped before its end; its last good state is on the disk."""
+
+
+def train(
+    recipe: Recipe,
+    data: DataSet,
+    out: str | Path,
+    *,
+    teacher: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict:
+    """Trains what the recipe says and writes the run folder ``out``; returns the closing summary (``summary.json``).
+
+    ``teacher`` is a model file to take in place of training one. ``device`` None takes a GPU where there is one.
+    ``console`` shows progress; None is silent. Under ``torchrun`` the processes train one model together.
+
+    Raises ``InputError`` for a recipe, folder or file that cannot be used, and ``TrainingStopped`` when a loss is no
+    longer finite or a signal asks to stop. ``resume`` continues a run, stopped or killed at any moment, to the same
+    weights as one that was never stopped.
+    """
+    began = time.monotonic()
+    world = World.join(device)
+    threat = Threat(recipe.norm, recipe.eps)
+    run = Run(Path(out))
+    if console is None or not world.leads:
+        console = Console(quiet=True)
+    if world.leads:
+        run.begin(recipe, {"name": data.name, "fingerprint": data.fingerprint}, resume=resume, overwrite=overwrite)
+    world.barrier()
+    data = data.to(world.device)
+
+    guide = None
+    if recipe.needs_teacher:
+        if teacher is None:
+            model = fit(recipe.teacher(), data, run, world, "teacher", None, console)
+        else:
+            model = load(teacher, device=world.device)
+            if world.leads:
+                save(model, read_card(teacher), run.model("teacher"))
+        guide = Teacher.of(model, recipe, data.train)
+    student = fit(recipe, data, run, world, "student", guide, console)
+
+    summary: dict = {}
+    if world.leads:
+        models = {"teacher": guide.model, "student": student} if guide else {"student": student}
+        summary = write_report(run, recipe, data, threat, models, began=began, console=console)
+    world.barrier()
+    return summary
+
+
+def fit(
+    recipe: Recipe, data: DataSet, run: Run, world: World, role: str, guide: Teacher | None, console: Console
+) -> RobustModel:
+    """Trains one model and writes ``ROLE.safetensors``, the best on validation, and ``ROLE-last.safetensors``.
+
+    Goes on where the run folder holds a state of ``role``, and returns at once where it holds the finished model.
+    """
+    if run.model(role).exists():
+        return load(run.model(role), device=world.device)
+    threat = Threat(recipe.norm, recipe.eps)
+    _, val_x, val_y = data.val.head(recipe.val_limit).all()
+    model = new_model(recipe, data, role, guide).to(world.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    learner = Learner(recipe, Guided(model, guide, val_x[:2]).to(world.device), world)
+    position = Position()
+    if run.state(role).exists():
+        position = restore(run.state(role), learner)
+    if world.leads:
+        run.keep_rows(role, position.epoch)
+
+    batch_size, rows = recipe.batch_size, world.rows(recipe.batch_size)
+    steps = len(data.train) // batch_size
+    if steps == 0 or batch_size % world.size:
+        raise InputError(
+            f"batch_size={batch_size} does not fit: it must be at most the {len(data.train)} training images and a"
+            f" multiple of the {world.size} processes"
+        )
+    # A process that streams files reads its own rows; one that holds all images draws the global batch and keeps its
+    # rows, so that augmentation and attacks of N processes use the random numbers of one.
+    streams = isinstance(data.train, Files)
+
+    with Progress(console, role, recipe.epochs, steps) as progress, interruptible(world) as interrupted:
+        for epoch in range(position.epoch, recipe.epochs):
+            began = saved = time.monotonic()
+            first = position.step
+            order = torch.randperm(len(data.train), generator=stream(recipe, role, epoch))[: steps * batch_size]
+            batches = order.view(steps, batch_size)[first:]
+            model.train()
+            for step, batch in enumerate(data.train.batches(list(batches[:, rows] if streams else batches)), first):
+                generator = stream(recipe, role, epoch, step, world.rank if streams else 0, device=world.device)
+                x, y, index = augment(batch.x, recipe.augmentations, generator), batch.y, batch.index
+                start = attack_start(recipe, x, threat, generator)
+                if not streams:
+                    x, y, index, start = x[rows], y[rows], index[rows], start[rows]
+                x, start = (images.contiguous(memory_format=torch.channels_last) for images in (x, start))
+                x_adv = inner_attack(recipe, model, x, start, y, threat)
+                advice = guide.advise(x, None if recipe.augmentations else index) if guide else None
+                done = (epoch * steps + step) / (recipe.epochs * steps)
+                position.add(learner.step(x, x_adv, y, advice, done))
+
+                progress.step(epoch, batch_size, position.means)
+                if interrupted() or time.monotonic() - saved > STATE_SECONDS:
+                    position.step = step + 1
+                    persist(run.state(role), learner, position, role, world)
+                    saved = time.monotonic()
+                if interrupted():
+                    raise TrainingStopped(f"stopped in epoch {epoch + 1} of the {role}: go on with --resume")
+
+            position.epoch, position.step = epoch + 1, 0
+            means = position.means()
+            check_finite(means, learner, position, role)
+            if world.leads:
+                seconds = time.monotonic() - began
+                scores = validate(recipe, learner.average, val_x, val_y, threat)
+                score = scores.get("pgd", scores["clean"])
+                if score >= position.best:
+                    position.best = score
+                    card = make_card(recipe, data, learner.average, role, {"epoch": epoch + 1, **scores})
+                    save(learner.average, card, run.best(role))
+                rate = round((steps - first) * batch_size / seconds, 1)
+                row = {"role": role, "epoch": epoch + 1, "lr": learning_rate(recipe, (epoch + 1) / recipe.epochs)}
+                run.add_row(row | means | scores | {"seconds": round(seconds, 3), "images_per_second": rate})
+                progress.validated(scores)
+            position.clear()
+            persist(run.state(role), learner, position, role, world)
+
+    if world.leads:
+        card = make_card(recipe, data, learner.average, role, {"epoch": recipe.epochs})
+        save(learner.average, card, run.model(role, "last"))
+        best = run.best(role)
+        save(load(best), read_card(best), run.model(role))
+    world.barrier()
+    return load(run.model(role), device=world.device)
+
+
+def new_model(recipe: Recipe, data: DataSet, role: str, guide: Teacher | None) -> RobustModel:
+    """A model for the data, initialised by the recipe's seed or, with ``start=teacher``, from the teacher's weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed(recipe.seed, role))
+        model = build(
+            recipe.architecture,
+            input=data.input,
+            classes=len(data.classes),
+            mean=data.mean,
+            std=data.std,
+            options=_options(recipe),
+        )
+    if recipe.start == "teacher" and guide:
+        try:
+            model.load_state_dict(guide.model.state_dict())
+        except RuntimeError:
+            raise InputError("start=teacher needs a teacher of the student's own architecture and width") from None
+    return model
+
+
+def make_card(recipe: Recipe, data: DataSet, model: RobustModel, role: str, metrics: dict[str, float]) -> Card:
+    """What the file of a model trained by ``recipe`` on ``data`` says of itself; metrics are those on validation."""
+    return Card(
+        architecture=recipe.architecture,
+        options=_options(recipe),
+        classes=data.classes,
+        input=data.input,
+        mean=tuple(model.mean.flatten().tolist()),
+        std=tuple(model.std.flatten().tolist()),
+        threat={"norm": recipe.norm, "eps": recipe.eps} if recipe.attack != "none" else None,
+        role=role,
+        recipe=recipe.to_dict(),
+        seed=recipe.seed,
+        data={"name": data.name, "fingerprint": data.fingerprint},
+        metrics={"validation": metrics},
+        versions={"fdml": fdml.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    )
+
+
+def validate(recipe: Recipe, model: RobustModel, x: Tensor, y: Tensor, threat: Threat) -> dict[str, float]:
+    """Clean accuracy on validation images and, where the recipe defends, accuracy under PGD."""
+    attacks = {"pgd": partial(pgd, steps=recipe.val_steps)} if recipe.attack != "none" else {}
+    shares = evaluate(model, x, y, threat, attacks, seed=recipe.seed).shares()
+    return {name: shares[name] for name in ("clean", *attacks)}
+
+
+@dataclass
+class Position:
+    """Where a run is: whole epochs done, steps done in the next, the sums of its losses, the best validation score."""
+
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    # Sums stay on the device: reading a number at each step would make a GPU wait for it.
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """The mean of each term since the epoch began."""
+        return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+
+    def clear(self) -> None:
+        self.sums, self.counts = {}, {}
+
+
+def persist(path: Path, learner: Learner, position: Position, role: str, world: World) -> None:
+    """Saves the state of a run, after looking that it is worth going back to."""
+    check_finite(position.means(), learner, position, role)
+    if world.leads:
+        sums = {f"sum.{name}": total for name, total in position.sums.items()}
+        values = {name: getattr(position, name) for name in ("epoch", "step", "best", "counts")}
+        save_state(path, learner.state() | sums, values)
+
+
+def restore(path: Path, learner: Learner) -> Position:
+    """Goes back to the state at ``path``."""
+    state = load_state(path)
+    learner.restore(state.tensors)
+    sums = {name.removeprefix("sum."): total for name, total in state.tensors.items() if name.startswith("sum.")}
+    return Position(**state.values, sums=sums)
+
+
+def check_finite(means: dict[str, float], learner: Learner, position: Position, role: str) -> None:
+    """Raises ``TrainingStopped``, naming the term, when a loss or a weight is no longer a number."""
+    broken = [name for name, mean in means.items() if mean - mean != 0 and name != "loss"]
+    if not broken and learner.is_finite():
+        return
+    what = f"the loss term {', '.join(broken)} is" if broken else "the weights are"
+    raise TrainingStopped(
+        f"{what} not finite in epoch {position.epoch + (position.step > 0)} of the {role}: training stopped, the last good"
+        f" state is kept; try a lower rate than lr={learner.recipe.lr:g}, or clip=1"
+    )
+
+
+@contextmanager
+def interruptible(world: World) -> Iterator[Callable[[], bool]]:
+    """Inside the block Ctrl-C and SIGTERM only ask to stop, so that a state can be saved between two steps; a second one
+    stops at once. Several processes would not agree on the step, and keep to their last state instead."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    before = {}
+    if world.size == 1:
+        try:
+            before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: whoever runs it there decides about signals
+            pass
+    try:
+        yield lambda: asked
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def stream(recipe: Recipe, *keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random numbers of one place in the run: they depend on the seed and the place, not on what came before."""
+    return torch.Generator(device).manual_seed(_seed(recipe.seed, *keys))
+
+
+def _seed(*keys: int | str) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=7).digest())
+
+
+def _options(recipe: Recipe) -> dict[str, object]:
+    options: dict[str, object] = {} if recipe.width is None else {"width": recipe.width}
+    return options | ({"preact": True} if recipe.preact else {})

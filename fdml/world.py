@@ -1,0 +1,60 @@
+"""The processes that train together: one, unless ``torchrun`` started more."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
+from torch import Tensor
+
+from fdml.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among ``size``. Every process draws the whole global batch and keeps its own ``rows``, so
+    that the randomness of N processes is that of one."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str | None = None) -> "World":
+        """The world that ``torchrun`` describes in the environment, or a world of one.
+
+        ``device`` None takes a GPU where there is one. Raises ``InputError`` for a device that does not exist.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            place = torch.device(name if name != "cuda" or size == 1 else f"cuda:{local}")
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        if size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        return cls(dist.get_rank() if size > 1 else 0, size, place)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def rows(self, batch: int) -> slice:
+        """This process's share of a global batch of ``batch`` images."""
+        share = batch // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, in order of rank; gradients flow back to the process that made them."""
+        if self.size == 1:
+            return tensor
+        return torch.cat(differentiable.all_gather(tensor.contiguous()))
+
+    def barrier(self) -> None:
+        """Waits for every process."""
+        if self.size > 1:
+            dist.barrier()
