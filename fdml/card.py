@@ -143,6 +143,13 @@ class Card:
         return cls(**found)
 
 
+def threat_words(norm: str, eps: float) -> str:
+    """A threat as people write it: ``linf 8/255`` where eps is a whole number of grey levels, else ``linf 0.2``."""
+    levels = eps * 255
+    in_levels = norm == "linf" and eps > 0 and abs(levels - round(levels)) < 1e-6 and len(f"{eps:g}") > 5
+    return f"{norm} {round(levels)}/255" if in_levels else f"{norm} {eps:g}"
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """A tensor as the header describes it; ``dtype`` is the format's name for it, such as F32."""

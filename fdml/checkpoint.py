@@ -1,4 +1,4 @@
-"""One model, one ``.safetensors`` file with its Card in the header; and, beside it, the state that a run resumes from."""
+"""One model is one ``.safetensors`` file with its Card in the header; the state that a run resumes from is another."""
 
 import json
 from collections.abc import Mapping
@@ -37,7 +37,8 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", model: RobustM
     The file alone is enough for fdml's own architectures. A model made by ``wrap`` needs its code: give a freshly built
     one as ``model``, and it is filled.
 
-    Raises ``InputError`` for a file without a card or with a newer one, and for weights that do not fit the architecture.
+    Raises ``InputError`` for a file without a card or with a newer one, and for weights that do not fit the
+    architecture.
     """
     path = Path(path)
     card = read_card(path)
@@ -46,9 +47,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", model: RobustM
             raise InputError(f"{path} holds a wrapped model of the user's own: give load(…, model=) its code")
         # The card's limits bound a single layer; the header, which is proved to fit the file, bounds the whole model.
         with torch.device("meta"):
-            empty = _build(card)
-        _check_fit(path, empty)
-        model = _build(card)
+            model = _build(card)
+        _check_fit(path, model)
+        model.to_empty(device="cpu")
     else:
         _check_fit(path, model)
     try:
@@ -76,7 +77,9 @@ def _check_fit(path: Path, model: RobustModel) -> None:
         if name not in found:
             raise InputError(f"{path}: the tensor {name!r} is missing; the card does not describe this file's weights")
         if found[name] != shape:
-            raise InputError(f"{path}: the tensor {name!r} has shape {list(found[name])}, the card's network {list(shape)}")
+            raise InputError(
+                f"{path}: the tensor {name!r} has shape {list(found[name])}, the card's network {list(shape)}"
+            )
     for name in found:
         if name not in wanted:
             raise InputError(f"{path}: the tensor {name!r} is not part of the network that the card describes")

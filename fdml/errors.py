@@ -11,6 +11,14 @@ class InputError(ValueError):
     """
 
 
+class Stopped(RuntimeError):  # noqa: N818 — stopping is no mistake
+    """A run that ended before its end, with its last good state on the disk; ``code`` is the command's exit status."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is not among ``known``, with the nearest one that is."""
     known = sorted(known)

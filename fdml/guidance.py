@@ -25,7 +25,8 @@ class Advice(NamedTuple):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A fixed model whose answers guide the student. ``cache`` holds its answers to every training image, or nothing."""
+    """A fixed model whose answers guide the student. ``cache`` holds its answers to every training image, or
+    nothing."""
 
     model: RobustModel
     layers: tuple[str, ...]

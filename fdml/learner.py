@@ -42,7 +42,8 @@ class Learner:
         )
 
     def step(self, x: Tensor, x_adv: Tensor, y: Tensor, advice: Advice | None, done: float) -> dict[str, Tensor]:
-        """One step of descent when the share ``done`` of training is behind; returns the terms of the loss and the logs."""
+        """One step of descent when the share ``done`` of training is behind; returns the terms of the loss and the
+        logs."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, done)
@@ -110,9 +111,9 @@ class Learner:
 
     @contextmanager
     def _perturbed_weights(self, terms: Callable[[], Terms]) -> Iterator[None]:
-        """Adversarial weight perturbation (Wu et al. 2020, algorithm 1): inside the block each weight matrix stands moved
-        along its gradient by awp · its own norm; after it the weights are as they were, and so are the statistics that
-        the extra pass would have changed."""
+        """Adversarial weight perturbation (Wu et al. 2020, algorithm 1): inside the block each weight matrix stands
+        moved along its gradient by awp · its own norm; after it the weights are as they were, and so are the
+        statistics that the extra pass would have changed."""
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self._backward(terms())
         moved: list[tuple[Tensor, Tensor]] = []

@@ -27,8 +27,8 @@ def margin(logits: Logits, y: Labels) -> PerImage:
 def dlr(logits: Logits, y: Labels) -> PerImage:
     """Difference of logits ratio, per image: −(z_y − max_{k≠y} z_k) / (z_(1) − z_(3)) (Croce and Hein 2020, eq. 6).
 
-    Invariant to shift and scale of the logits. With two classes there is no third logit: the divisor is z_(1) − z_(2), so
-    that the value is ±1 and its gradient, nowhere informative, is replaced by the margin's.
+    Invariant to shift and scale of the logits. With two classes there is no third logit: the divisor is z_(1) − z_(2),
+    so that the value is ±1 and its gradient, nowhere informative, is replaced by the margin's.
     """
     if logits.shape[1] < 3:
         return margin(logits, y)
@@ -53,12 +53,18 @@ def boosted_cross_entropy(logits: Logits, y: Labels) -> PerImage:
 
 
 def soft_target(
-    y: Labels, classes: int, *, smoothing: float = 0.0, answer: Logits | None = None, weight: float = 0.0, temperature: float = 1.0
+    y: Labels,
+    classes: int,
+    *,
+    smoothing: float = 0.0,
+    answer: Logits | None = None,
+    weight: float = 0.0,
+    temperature: float = 1.0,
 ) -> Logits:
     """The distribution to learn: (1 − weight) · smoothed label + weight · softmax(answer / temperature).
 
-    ``answer`` are the teacher's logits of the clean image: what Hinton et al. 2015 call the softened answer, here one more
-    tap of the teacher. ``smoothing`` spreads that share of the label over all classes (Szegedy et al. 2016).
+    ``answer`` are the teacher's logits of the clean image: what Hinton et al. 2015 call the softened answer, here one
+    more tap of the teacher. ``smoothing`` spreads that share of the label over all classes (Szegedy et al. 2016).
     """
     label = torch.full((len(y), classes), smoothing / classes, device=y.device)
     label.scatter_(1, y[:, None], 1 - smoothing + smoothing / classes)
@@ -95,9 +101,9 @@ def triplet(
     """[margin + d(a, p) − d(a, n)]_+ with d = 1 − cos, plus ``norm_weight`` · mean square of the three features.
 
     The anchor is the adversarial image and the positive its clean self. The negative is the hardest (nearest) of
-    ``candidates`` whose label is ``confused``: the class that the anchor is, or is nearest to be, mistaken for. Where the
-    candidates hold none, it is the hardest of any class but ``y``; where they hold none of these either, the image's hinge
-    is 0. TLA (Mao et al. 2019, eq. 3) with the confused class of AGKD-BML (Wang et al. 2021).
+    ``candidates`` whose label is ``confused``: the class that the anchor is, or is nearest to be, mistaken for. Where
+    the candidates hold none, it is the hardest of any class but ``y``; where they hold none of these either, the
+    image's hinge is 0. TLA (Mao et al. 2019, eq. 3) with the confused class of AGKD-BML (Wang et al. 2021).
     """
     a, p, n = (F.normalize(features, dim=1) for features in (anchor, positive, candidates))
     similar = a @ n.T

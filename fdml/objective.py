@@ -1,16 +1,20 @@
 """What the student minimises: the label's term, feature distillation and the metric term, each at its weight."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdml import losses
 from fdml.guidance import Advice, Guided
 from fdml.models import RobustModel
 from fdml.recipe import Recipe
 from fdml.world import World
+
+LOGS = ("active", "d_ap", "d_an")
+"""Beside the losses: the share of triplets whose hinge is active, and the mean distances to positive and negative."""
 
 
 @dataclass
@@ -27,7 +31,7 @@ class Terms:
 
 def objective(
     recipe: Recipe,
-    runner: nn.Module,
+    runner: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
     guided: Guided,
     x: Tensor,
     x_adv: Tensor,

@@ -53,7 +53,9 @@ class Progress:
             return
         speed = self._images / (now - self._read)
         self._read, self._images = now, 0
-        losses = " ".join(f"{name} {mean:.3f}" for name, mean in means().items() if name not in ("active", "d_ap", "d_an"))
+        losses = " ".join(
+            f"{name} {mean:.3f}" for name, mean in means().items() if name not in ("active", "d_ap", "d_an")
+        )
         description = f"{self._role} {epoch + 1}/{self._epochs}"
         self._bar.update(self._task, advance=1, description=description, losses=losses, speed=f"{speed:,.0f} img/s")
 

@@ -1,6 +1,7 @@
 """Recipe: everything that decides what a training run computes, flat and frozen."""
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -46,8 +47,10 @@ class Recipe:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
 
-    # The inner attack. `attack_step` is in units of eps; n-fgsm takes one step of eps.
+    # The inner attack: the radius of its ball in units of eps, and the step in units of that radius. n-fgsm takes one
+    # step of the radius.
     attack: Literal["none", "pgd", "n-fgsm"] = "pgd"
+    attack_radius: float = 1.0
     attack_steps: int = 10
     attack_step: float = 0.25
 
@@ -58,8 +61,8 @@ class Recipe:
     answer: float = 0.0
     temperature: float = 2.0
 
-    # Guidance by the teacher: feature distillation at `fd_layers`, and the metric term. `ramp` raises both weights from 0
-    # until the share `guidance_until` of training, `fade` lowers them to 0 by then, `hold` keeps them.
+    # Guidance by the teacher: feature distillation at `fd_layers`, and the metric term. `ramp` raises both weights
+    # from 0 until the share `guidance_until` of training, `fade` lowers them to 0 by then, `hold` keeps them.
     fd: float = 0.0
     fd_layers: str = "stage3"
     ml: float = 0.0
@@ -91,6 +94,8 @@ class Recipe:
             choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
             if choices and value not in choices:
                 raise unknown(f"value of {field}", str(value), choices)
+            if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
+                raise InputError(f"{field}={value} is out of range: it must be a finite number")
             low, high = _RANGES.get(field, (None, None))
             if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
                 wanted = f"between {low} and {high}" if high is not None else f"at least {low}"
@@ -146,6 +151,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "clip": (0, None),
     "ema": (0, 1),
     "attack_steps": (1, 10_000),
+    "attack_radius": (0.1, 3),
     "attack_step": (0, 10),
     "beta": (0, None),
     "label_smoothing": (0, 1),
@@ -170,8 +176,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
 def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     """The recipe with ``key=value`` assignments applied; fractions such as ``eps=8/255`` are read as numbers.
 
-    Raises ``InputError`` for an assignment without ``=``, an unknown key (with the nearest one), and a value that is not of
-    the key's type or out of its range.
+    Raises ``InputError`` for an assignment without ``=``, an unknown key (with the nearest one), and a value that is
+    not of the key's type or out of its range.
     """
     kinds = typing.get_type_hints(Recipe)
     changes: dict[str, object] = {}
@@ -212,14 +218,16 @@ def _parse(key: str, text: str, kind: object) -> object:
 
 
 def from_dict(values: dict[str, object]) -> Recipe:
-    """The recipe of a ``recipe.json``; raises ``InputError`` for an unknown key, a wrong type or a value out of range."""
+    """The recipe of a ``recipe.json``; raises ``InputError`` for a key, a type or a value that is not a recipe's."""
     kinds = typing.get_type_hints(Recipe)
     for key, value in values.items():
         if key not in kinds:
             raise unknown("recipe key", str(key), kinds)
         allowed = typing.get_args(kinds[key]) or (kinds[key],)
         is_choice = typing.get_origin(kinds[key]) is Literal
-        fits = isinstance(value, str) if is_choice else isinstance(value, (*allowed, int) if float in allowed else allowed)
+        fits = (
+            isinstance(value, str) if is_choice else isinstance(value, (*allowed, int) if float in allowed else allowed)
+        )
         if not fits or (isinstance(value, bool) and bool not in allowed):
             raise InputError(f"recipe key {key!r} has the value {value!r}, which is not of its type")
     if "name" not in values:

@@ -39,8 +39,8 @@ class Run:
     def begin(self, recipe: Recipe, data: Mapping[str, str], *, resume: bool, overwrite: bool) -> None:
         """Makes the folder this run's own.
 
-        Raises ``InputError`` when it holds another run and neither ``resume`` nor ``overwrite`` is given, or when ``resume``
-        meets another recipe or other data.
+        Raises ``InputError`` when it holds another run and neither ``resume`` nor ``overwrite`` is given, or when
+        ``resume`` meets another recipe or other data.
         """
         held = [name for name in (*_OURS, *_OUR_FOLDERS) if (self.path / name).exists()]
         if held and overwrite:
@@ -61,6 +61,15 @@ class Run:
     def recipe(self) -> Recipe:
         """The recipe that the folder was begun with; raises ``InputError`` where there is none that can be read."""
         return from_dict(self._begun()["recipe"])
+
+    def data(self) -> str:
+        """The name of the data set that the folder was begun with."""
+        return str(self._begun()["data"].get("name"))
+
+    def summary(self) -> dict[str, Any] | None:
+        """The closing summary, where the run has come that far."""
+        path = self.report / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``."""
@@ -87,7 +96,9 @@ class Run:
             assert isinstance(content["recipe"], dict)
             assert isinstance(content["data"], dict)
         except FileNotFoundError:
-            raise InputError(f"{path} is missing, so this run cannot be resumed: start again with --overwrite") from None
+            raise InputError(
+                f"{path} is missing, so this run cannot be resumed: start again with --overwrite"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError, AssertionError):
             raise InputError(f"{path} cannot be read as a recipe: start again with --overwrite") from None
         return content
@@ -98,6 +109,6 @@ class Run:
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) != new.get(key):
                     raise InputError(
-                        f"{self.path} was begun with {kind} {key}={old.get(key)!r}, not {new.get(key)!r}: resume it as it"
-                        " was, or start again with --overwrite"
+                        f"{self.path} was begun with {kind} {key}={old.get(key)!r}, not {new.get(key)!r}: resume it as"
+                        " it was, or start again with --overwrite"
                     )

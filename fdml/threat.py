@@ -1,16 +1,14 @@
 """The threat model: what an adversary may do to an image. The only home of norm, eps, projection and membership."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fdml.card import NORMS, threat_words
 from fdml.errors import InputError, unknown
 
-Norm = Literal["linf", "l2", "l1"]
-NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
 Images = Float[Tensor, "b c h w"]
 
 
@@ -24,7 +22,7 @@ class Threat:
     Raises ``InputError`` for an unknown norm and for an eps that is not finite, negative, or (linf) above 1.
     """
 
-    norm: Norm
+    norm: str
     eps: float
 
     def __post_init__(self) -> None:
@@ -37,9 +35,7 @@ class Threat:
             raise InputError(f"eps {self.eps:g} is larger than the whole pixel range [0, 1]{meant}")
 
     def __str__(self) -> str:
-        scaled = self.eps * 255
-        whole = self.norm == "linf" and abs(scaled - round(scaled)) < 1e-6 and self.eps > 0
-        return f"{self.norm} {round(scaled)}/255" if whole else f"{self.norm} {self.eps:g}"
+        return threat_words(self.norm, self.eps)
 
     def project(self, x_adv: Images, x: Images) -> Images:
         """The point of the threat model around ``x`` that is nearest to ``x_adv`` in the ball, clipped to [0, 1].
@@ -57,11 +53,11 @@ class Threat:
         return (x + delta).clamp_(0, 1)
 
     def random(self, x: Images, generator: torch.Generator | None = None) -> Images:
-        """A random start. linf: uniform in the cube. l2: uniform in the ball. l1: a Laplace direction, uniform radius."""
+        """A random start. linf: uniform in the cube. l2: uniform in the ball. l1: Laplace direction, uniform radius."""
         if self.norm == "linf":
             noise = torch.empty_like(x).uniform_(-self.eps, self.eps, generator=generator)
             return (x + noise).clamp_(0, 1)
-        dims = x[0].numel()
+        dims = x.shape[1:].numel()
         radius = torch.empty(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).uniform_(generator=generator)
         if self.norm == "l2":
             noise = torch.empty_like(x).normal_(generator=generator)
@@ -75,14 +71,17 @@ class Threat:
     def ascend(self, x_adv: Images, grad: Images, step_size: float) -> Images:
         """One step of steepest ascent of length ``step_size`` (pixel units of the norm), not projected.
 
-        linf: the sign. l2: the normalised gradient. l1: the largest 1% of the coordinates share the step (sparse ascent,
-        Tramèr and Boneh 2019).
+        linf: the sign. l2: the normalised gradient. l1: the largest 1% of the coordinates share the step (sparse
+        ascent, Tramèr and Boneh 2019), of those that [0, 1] lets move: a pixel at the border would take it in vain.
         """
         if self.norm == "linf":
             return torch.add(x_adv, grad.sign(), alpha=step_size)
         if self.norm == "l2":
+            # Scaled first: squares of the gradient of a confident model vanish in float32.
+            grad = grad / grad.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
             return x_adv + grad * (step_size / _l2(grad).clamp(min=1e-12))
-        flat = grad.flatten(1)
+        stuck = ((x_adv >= 1) & (grad > 0)) | ((x_adv <= 0) & (grad < 0))
+        flat = grad.masked_fill(stuck, 0).flatten(1)
         count = max(1, flat.shape[1] // 100)
         top = flat.abs().topk(count, dim=1).indices
         step = torch.zeros_like(flat).scatter_(1, top, flat.gather(1, top).sign()) / count
@@ -93,16 +92,21 @@ class Threat:
         delta = (x_adv - x).flatten(1)
         if self.norm == "linf":
             return delta.abs().amax(1)
-        return delta.norm(p=2 if self.norm == "l2" else 1, dim=1)
+        return delta.abs().sum(1) if self.norm == "l1" else delta.square().sum(1).sqrt()
 
     def contains(self, x_adv: Images, x: Images, slack: float = 1e-5) -> Bool[Tensor, " b"]:
-        """Whether each image is inside the threat model, up to ``slack`` (relative to eps) of floating-point error."""
+        """Whether each image is inside the threat model, up to ``slack`` (relative to eps) of floating-point error.
+
+        To this is added the norm of an image of 1e-7: what rounding each pixel to float32 may change.
+        """
         inside = (x_adv >= 0).flatten(1).all(1) & (x_adv <= 1).flatten(1).all(1)
-        return inside & (self.distance(x_adv, x) <= self.eps * (1 + slack) + 1e-7)
+        rounding = 1e-7 * x.shape[1:].numel() ** {"linf": 0.0, "l2": 0.5, "l1": 1.0}[self.norm]
+        return inside & (self.distance(x_adv, x) <= self.eps * (1 + slack) + rounding)
 
 
 def _l2(delta: Images) -> Float[Tensor, "b 1 1 1"]:
-    return delta.flatten(1).norm(dim=1)[:, None, None, None]
+    # Not `norm`, whose float32 sum over a large image is off by more than the slack of `contains`.
+    return delta.flatten(1).square().sum(1).sqrt()[:, None, None, None]
 
 
 def _project_l1(delta: Images, eps: float) -> Images:
@@ -113,4 +117,7 @@ def _project_l1(delta: Images, eps: float) -> Images:
     level = (ordered.cumsum(1) - eps) / torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype)
     count = (ordered > level).sum(1, keepdim=True).clamp(min=1)
     threshold = level.gather(1, count - 1).clamp(min=0)
-    return (flat.sign() * (size - threshold).clamp(min=0)).view_as(delta)
+    size = (size - threshold).clamp(min=0)
+    # The threshold is rounded, once for every coordinate: what that leaves outside the ball goes by scale.
+    size = size * (eps / size.sum(1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+    return (flat.sign() * size).view_as(delta)

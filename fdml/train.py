@@ -5,7 +5,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,16 +16,17 @@ from torch import Tensor
 
 import fdml
 from fdml.adversary import attack_start, inner_attack
-from fdml.attacks import ATTACKS, pgd
+from fdml.attacks import pgd
 from fdml.card import Card, read_card
 from fdml.checkpoint import load, load_state, save, save_state
 from fdml.data.augment import augment
 from fdml.data.dataset import DataSet, Files
-from fdml.errors import InputError
+from fdml.errors import InputError, Stopped
 from fdml.evaluate import evaluate
 from fdml.guidance import Guided, Teacher
 from fdml.learner import Learner, learning_rate
 from fdml.models import RobustModel, build
+from fdml.objective import LOGS
 from fdml.progress import Progress
 from fdml.recipe import Recipe
 from fdml.report import write_report
@@ -36,9 +37,8 @@ from fdml.world import World
 STATE_SECONDS = 60.0
 """A state is saved at the end of each epoch, and within an epoch whenever the last one is older than this."""
 
-
-class TrainingStopped(InputError):
-    """The run stopped before its end; its last good state is on the disk."""
+INTERRUPTED = 130
+"""The exit status of a command that a signal stopped, as shells have it."""
 
 
 def train(
@@ -57,7 +57,7 @@ def train(
     ``teacher`` is a model file to take in place of training one. ``device`` None takes a GPU where there is one.
     ``console`` shows progress; None is silent. Under ``torchrun`` the processes train one model together.
 
-    Raises ``InputError`` for a recipe, folder or file that cannot be used, and ``TrainingStopped`` when a loss is no
+    Raises ``InputError`` for a recipe, folder or file that cannot be used, and ``Stopped`` when a loss is no
     longer finite or a signal asks to stop. ``resume`` continues a run, stopped or killed at any moment, to the same
     weights as one that was never stopped.
     """
@@ -100,10 +100,13 @@ def fit(
     """
     if run.model(role).exists():
         return load(run.model(role), device=world.device)
-    threat = Threat(recipe.norm, recipe.eps)
+    threat, inner = Threat(recipe.norm, recipe.eps), Threat(recipe.norm, recipe.attack_radius * recipe.eps)
     _, val_x, val_y = data.val.head(recipe.val_limit).all()
-    model = new_model(recipe, data, role, guide).to(world.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    learner = Learner(recipe, Guided(model, guide, val_x[:2]).to(world.device), world)
+    with torch.random.fork_rng(devices=[]):  # initialisation draws from torch's global generator, which is the caller's
+        torch.manual_seed(_seed(recipe.seed, role))
+        model = new_model(recipe, data, guide)
+        guided = Guided(model.to(world.device), guide, val_x[:2])
+    learner = Learner(recipe, guided.to(world.device, memory_format=torch.channels_last), world)  # pyright: ignore[reportCallIssue]
     position = Position()
     if run.state(role).exists():
         position = restore(run.state(role), learner)
@@ -131,11 +134,11 @@ def fit(
             for step, batch in enumerate(data.train.batches(list(batches[:, rows] if streams else batches)), first):
                 generator = stream(recipe, role, epoch, step, world.rank if streams else 0, device=world.device)
                 x, y, index = augment(batch.x, recipe.augmentations, generator), batch.y, batch.index
-                start = attack_start(recipe, x, threat, generator)
+                start = attack_start(recipe, x, inner, generator)
                 if not streams:
                     x, y, index, start = x[rows], y[rows], index[rows], start[rows]
                 x, start = (images.contiguous(memory_format=torch.channels_last) for images in (x, start))
-                x_adv = inner_attack(recipe, model, x, start, y, threat)
+                x_adv = inner_attack(recipe, model, x, start, y, inner)
                 advice = guide.advise(x, None if recipe.augmentations else index) if guide else None
                 done = (epoch * steps + step) / (recipe.epochs * steps)
                 position.add(learner.step(x, x_adv, y, advice, done))
@@ -146,7 +149,7 @@ def fit(
                     persist(run.state(role), learner, position, role, world)
                     saved = time.monotonic()
                 if interrupted():
-                    raise TrainingStopped(f"stopped in epoch {epoch + 1} of the {role}: go on with --resume")
+                    raise Stopped(f"stopped in epoch {epoch + 1} of the {role}: go on with --resume", INTERRUPTED)
 
             position.epoch, position.step = epoch + 1, 0
             means = position.means()
@@ -175,18 +178,16 @@ def fit(
     return load(run.model(role), device=world.device)
 
 
-def new_model(recipe: Recipe, data: DataSet, role: str, guide: Teacher | None) -> RobustModel:
-    """A model for the data, initialised by the recipe's seed or, with ``start=teacher``, from the teacher's weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed(recipe.seed, role))
-        model = build(
-            recipe.architecture,
-            input=data.input,
-            classes=len(data.classes),
-            mean=data.mean,
-            std=data.std,
-            options=_options(recipe),
-        )
+def new_model(recipe: Recipe, data: DataSet, guide: Teacher | None) -> RobustModel:
+    """A model for the data, initialised at random or, with ``start=teacher``, with the teacher's weights."""
+    model = build(
+        recipe.architecture,
+        input=data.input,
+        classes=len(data.classes),
+        mean=data.mean,
+        std=data.std,
+        options=_options(recipe),
+    )
     if recipe.start == "teacher" and guide:
         try:
             model.load_state_dict(guide.model.state_dict())
@@ -238,8 +239,11 @@ class Position:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """The mean of each term since the epoch began."""
-        return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        """Means since the epoch began: of a term of the loss over all steps, of a log over the steps that had it."""
+        steps = self.counts.get("loss", 1)
+        return {
+            name: float(total) / (self.counts[name] if name in LOGS else steps) for name, total in self.sums.items()
+        }
 
     def clear(self) -> None:
         self.sums, self.counts = {}, {}
@@ -263,21 +267,23 @@ def restore(path: Path, learner: Learner) -> Position:
 
 
 def check_finite(means: dict[str, float], learner: Learner, position: Position, role: str) -> None:
-    """Raises ``TrainingStopped``, naming the term, when a loss or a weight is no longer a number."""
+    """Raises ``Stopped``, naming the term, when a loss or a weight is no longer a number."""
     broken = [name for name, mean in means.items() if mean - mean != 0 and name != "loss"]
     if not broken and learner.is_finite():
         return
     what = f"the loss term {', '.join(broken)} is" if broken else "the weights are"
-    raise TrainingStopped(
-        f"{what} not finite in epoch {position.epoch + (position.step > 0)} of the {role}: training stopped, the last good"
-        f" state is kept; try a lower rate than lr={learner.recipe.lr:g}, or clip=1"
+    raise Stopped(
+        f"{what} not finite in epoch {position.epoch + (position.step > 0)} of the {role}: training stopped, the last"
+        f" good state is kept; try a lower rate than lr={learner.recipe.lr:g}, or clip=1"
     )
 
 
 @contextmanager
 def interruptible(world: World) -> Iterator[Callable[[], bool]]:
-    """Inside the block Ctrl-C and SIGTERM only ask to stop, so that a state can be saved between two steps; a second one
-    stops at once. Several processes would not agree on the step, and keep to their last state instead."""
+    """Inside the block Ctrl-C and SIGTERM only ask to stop, so that a state can be saved between two steps.
+
+    A second one stops at once. Several processes would not agree on the step, and keep to their last state instead.
+    """
     asked = False
 
     def ask(number: int, frame: object) -> None:
@@ -288,10 +294,8 @@ def interruptible(world: World) -> Iterator[Callable[[], bool]]:
 
     before = {}
     if world.size == 1:
-        try:
+        with suppress(ValueError):  # not the main thread: whoever runs it there decides about signals
             before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever runs it there decides about signals
-            pass
     try:
         yield lambda: asked
     finally:

@@ -51,8 +51,8 @@ def n_fgsm(
 ) -> Images:
     """N-FGSM for training (de Jorge et al. 2022, algorithm 1): uniform noise of ``noise`` · eps, then one step of eps.
 
-    By design the result is *not* projected on the ball, only on [0, 1]: it may be up to (1 + noise) · eps away. Never an
-    evaluation attack. ``start`` gives the noisy image instead. Raises ``InputError`` where the norm is not linf.
+    By design the result is *not* projected on the ball, only on [0, 1]: it may be up to (1 + noise) · eps away. Never
+    an evaluation attack. ``start`` gives the noisy image instead. Raises ``InputError`` where the norm is not linf.
     """
     if threat.norm != "linf":
         raise InputError(f"n-fgsm is defined for linf only, got {threat.norm}")
@@ -80,11 +80,11 @@ def pgd(
 ) -> Images:
     """Projected gradient ascent (Madry et al. 2018, section 2.1).
 
-    ``step_size`` is in pixel units of the norm (default 2.5 · eps / steps). ``keep="best"`` returns, per image, the point of
-    largest margin among every point visited in every restart, the last one included: an image that was fooled anywhere
-    is returned fooled. ``keep="last"`` returns the last point without looking at its answer, one forward pass less: for
-    training. Restarts after the first are spent only on images that are not fooled yet. ``start`` replaces the random
-    start of the first restart.
+    ``step_size`` is in pixel units of the norm (default 2.5 · eps / steps). ``keep="best"`` returns, per image, the
+    point of largest margin among every point visited in every restart, the last one included: an image that was fooled
+    anywhere is returned fooled. ``keep="last"`` returns the last point without looking at its answer, one forward pass
+    less: for training. Restarts after the first are spent only on images that are not fooled yet. ``start`` replaces
+    the random start of the first restart.
 
     Raises ``InputError`` for steps or restarts below 1, an unknown objective or keep.
     """
@@ -123,7 +123,7 @@ def apgd(
     start: Images | None = None,
     generator: torch.Generator | None = None,
 ) -> Images:
-    """Auto-PGD: momentum, and a step size that halves where the objective stops growing (Croce and Hein 2020, algorithm 1).
+    """Auto-PGD: momentum, and a step that halves where the objective stops growing (Croce and Hein 2020, alg. 1).
 
     Constants are the paper's: first step 2 eps, momentum 0.75, rho 0.75, checkpoints at 22% of the steps and then at
     intervals shrinking by 3% down to 6%. Returns, per image, the point of largest margin among those visited.
@@ -207,7 +207,14 @@ def _look(model: Model, x: Images, y: Labels, objective: Objective) -> tuple[Log
 
 
 def _climb(
-    model: Model, x_adv: Images, x: Images, y: Labels, threat: Threat, steps: int, step_size: float, objective: Objective
+    model: Model,
+    x_adv: Images,
+    x: Images,
+    y: Labels,
+    threat: Threat,
+    steps: int,
+    step_size: float,
+    objective: Objective,
 ) -> Images:
     for _ in range(steps):
         _, _, grad = _look(model, x_adv, y, objective)
@@ -216,7 +223,14 @@ def _climb(
 
 
 def _climb_best(
-    model: Model, x_adv: Images, x: Images, y: Labels, threat: Threat, steps: int, step_size: float, objective: Objective
+    model: Model,
+    x_adv: Images,
+    x: Images,
+    y: Labels,
+    threat: Threat,
+    steps: int,
+    step_size: float,
+    objective: Objective,
 ) -> tuple[Images, PerImage]:
     kept: _Best | None = None
     for _ in range(steps):

@@ -84,6 +84,6 @@ def _read(name: str, data_dir: Path | None, size: int | None, download: bool) ->
         from fdml.data import svhn
 
         return svhn.read(data_dir, download=download)
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         raise InputError(f"unknown data set {name!r}: for a folder of images write 'folder:{name}'")
     raise unknown("data set", name, CATALOGUE)

@@ -1,6 +1,7 @@
 """Images and labels as the training loop sees them: batches on a device, in the order that the caller asks for."""
 
-import os
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -71,7 +72,7 @@ class Arrays:
         """Every image, as one batch."""
         return next(self.batches([torch.arange(len(self))]))
 
-    def batches(self, indices: Sequence[Int64[Tensor, " b"]]) -> Iterator[Batch]:
+    def batches(self, indices: Sequence[Int64[Tensor, " _"]]) -> Iterator[Batch]:
         """One batch an index tensor, in the order given. Bytes become floats on the device."""
         for chosen in indices:
             index = chosen.to(self.images.device)
@@ -82,7 +83,7 @@ class Arrays:
 @final
 @dataclass(frozen=True, eq=False)
 class Files:
-    """A split that stays on disk: worker processes decode each batch when its turn comes, a few batches ahead.
+    """A split that stays on disk: worker processes decode each batch when its turn comes, one batch each ahead.
 
     ``names`` are paths relative to ``root``; ``labels`` is on the CPU; every image is brought to ``shape`` (c, h, h).
     The worker processes read files and nothing else: they draw no random numbers and never see the device.
@@ -116,7 +117,7 @@ class Files:
         decoded = torch.from_numpy(pictures.read_all(paths, self.shape))
         return Arrays(decoded, self.labels[:n].clone()).to(self.device)
 
-    def batches(self, indices: Sequence[Int64[Tensor, " b"]]) -> Iterator[Batch]:
+    def batches(self, indices: Sequence[Int64[Tensor, " _"]]) -> Iterator[Batch]:
         """One batch an index tensor, in the order given. Raises ``InputError`` that names an unreadable image."""
         for index, decoded in zip(indices, self._decoded(indices), strict=True):
             x = torch.from_numpy(decoded).to(self.device).float().div_(255)
@@ -131,13 +132,20 @@ class Files:
             _Decoder(self.root, self.names, self.shape),
             sampler=[index.tolist() for index in indices],
             batch_size=None,
-            num_workers=min(_cpus(), 8, len(indices)),
+            num_workers=min(pictures.cpus(), 8, len(indices)),
+            prefetch_factor=1,  # one batch a worker, so that memory stays bounded
             # Arrays travel through a pipe; tensors would need shared memory, of which a container may have 64 MB.
             collate_fn=_unchanged,  # pyright: ignore[reportArgumentType]  (torch types it for lists of samples only)
             # A generator of its own, else the loader draws a seed from the global one and disturbs the training run.
             generator=torch.Generator(),
+            # Elsewhere, and from Python 3.14 on, each worker would import torch anew in every epoch.
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
         )
-        for decoded in loader:
+        with warnings.catch_warnings():
+            # Python 3.12 and later warn of any fork beside threads; these workers only read files and call Pillow.
+            warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
+            arriving = iter(loader)
+        for decoded in arriving:
             if isinstance(decoded, str):
                 raise InputError(decoded)
             yield decoded
@@ -225,8 +233,3 @@ class _Decoder(Dataset[np.ndarray | str]):
 
 def _unchanged(decoded: np.ndarray | str) -> np.ndarray | str:
     return decoded
-
-
-def _cpus() -> int:
-    """How many processors this process may use; a container often has fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,8 +16,7 @@ def read() -> Parts:
     """
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    counts, labels = np.asarray(bunch["data"]), np.asarray(bunch["target"])
+    counts, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
     images = np.rint(counts * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     rest, test = stratified(torch.from_numpy(labels.astype(np.int64)), TEST_IMAGES)
     digits = arrays(images, labels, 10, "digits")

@@ -5,6 +5,7 @@ import http.client
 import os
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -63,7 +64,9 @@ def fetch(remote: Remote, folder: Path) -> None:
                     os.replace(Path(scratch) / final.name, final)
                 return
             except (OSError, EOFError, zlib.error, tarfile.TarError, http.client.HTTPException, InputError) as error:
-                failures.append(f"{url} failed ({str(error).strip() or type(error).__name__})".replace("\n", " "))
+                plain = type(error) is urllib.error.URLError
+                reason = str(error.reason if plain else error).strip() or type(error).__name__
+                failures.append(f"{url} failed ({reason})".replace("\n", " "))
     raise InputError("; ".join(failures))
 
 

@@ -107,5 +107,7 @@ def _image_files(root: Path, folder: Path) -> list[str]:
             path = Path(parent, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise InputError(f"{path}: a symbolic link that leads out of {root}")
+            if not path.is_file():  # a pipe would hang the reader
+                raise InputError(f"{path}: not a file")
             found.append(path.relative_to(root).as_posix())
     return found

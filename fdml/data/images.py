@@ -52,7 +52,7 @@ def read_all(
     def fill(place: int) -> None:
         out[place] = read(sources[place], shape, names[place] if names else None)
 
-    threads = threads or min(8, os.cpu_count() or 1)
+    threads = threads or min(8, cpus())
     if threads == 1:
         for place in range(len(sources)):
             fill(place)
@@ -65,6 +65,11 @@ def read_all(
             pool.shutdown(cancel_futures=True)
             raise
     return out
+
+
+def cpus() -> int:
+    """How many processors this process may use; a container often has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shape_of(source: Path | bytes, size: int | None, name: str | None = None) -> tuple[int, int, int]:
@@ -99,11 +104,10 @@ def _load(source: Path | bytes, name: str | None) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except InputError:
         raise
+    except FileNotFoundError as error:
+        raise InputError(f"{shown}: no such file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{shown}: {error}") from error
     except _DAMAGED as error:
-        reason = (
-            "no such file" if isinstance(error, FileNotFoundError) else "not a readable PNG, JPEG, WebP or BMP image"
-        )
-        detail = "" if isinstance(error, (UnidentifiedImageError, FileNotFoundError)) else f" ({error})"
-        raise InputError(f"{shown}: {reason}{detail}".replace("\n", " ")) from error
+        detail = "" if isinstance(error, UnidentifiedImageError) else f" ({error})".replace("\n", " ")
+        raise InputError(f"{shown}: not a readable PNG, JPEG, WebP or BMP image{detail}") from error

@@ -36,7 +36,7 @@ def read(path: Path) -> Parts:
     names = next((names for names in _NAMES if names[0][0] in contents and names[0][1] in contents), None)
     if names is None:
         raise InputError(f"{path}: needs x_train and y_train, or x and y; has {', '.join(contents) or 'nothing'}")
-    classes = _classes(path, contents, contents[names[0][1]])
+    classes = _classes(path, contents, names[0][1])
     splits: list[Arrays | None] = [None, None, None]
     for place, (x, y) in enumerate(names):
         if (x in contents) != (y in contents):
@@ -103,9 +103,9 @@ def _images(path: Path, name: str, images: np.ndarray) -> np.ndarray:
         images = images.transpose(0, 3, 1, 2) if last else images
     else:
         raise InputError(f"{shown} is {shape}; images are n x h x w, n x h x w x c or n x c x h x w")
-    if max(images.shape[2:]) > MAX_SIDE or 0 in images.shape:
+    if max(images.shape[2:]) > MAX_SIDE or 0 in images.shape[1:]:
         raise InputError(f"{shown} is {shape}; sides go from 1 to {MAX_SIDE} pixels")
-    if images.dtype == np.uint8:
+    if images.dtype == np.uint8 or not len(images):
         return images
     if images.dtype.kind != "f":
         raise InputError(f"{shown} is {images.dtype}; images are uint8, or floats in [0, 1]")
@@ -125,14 +125,13 @@ def _labels(path: Path, name: str, labels: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _classes(path: Path, contents: dict[str, np.ndarray], labels: np.ndarray) -> tuple[str, ...]:
+def _classes(path: Path, contents: dict[str, np.ndarray], train_labels: str) -> tuple[str, ...]:
     if "classes" in contents:
         names = contents["classes"]
         if names.ndim != 1 or names.dtype.kind != "U" or len(names) < 2:
             raise InputError(f"{path}: classes must be a list of at least two names")
         return tuple(names.tolist())
-    labels = _labels(path, "labels", labels)
-    highest = int(labels.max(initial=0))
+    highest = int(_labels(path, train_labels, contents[train_labels]).max(initial=0))
     if not 1 <= highest < 100_000:
         raise InputError(f"{path}: the highest label is {highest}; a classifier needs at least two classes")
     return tuple(str(k) for k in range(highest + 1))

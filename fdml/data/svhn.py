@@ -41,14 +41,16 @@ def _split(path: Path) -> Arrays:
         announced = {name: (shape, kind) for name, shape, kind in whosmat(str(path))}
     except Exception as error:
         raise InputError(_damaged(path, error)) from error
-    (images_shape, images_kind), (labels_shape, _) = (announced.get(key, ((), "missing")) for key in ("X", "y"))
+    if not {"X", "y"} <= announced.keys():
+        raise InputError(f"{path}: needs X and y, has {', '.join(announced) or 'nothing'}; it may be cut short")
+    (images_shape, images_kind), (labels_shape, _) = announced["X"], announced["y"]
     if len(images_shape) != 4 or images_shape[:3] != (32, 32, 3) or images_kind != "uint8":
         raise InputError(f"{path}: X must be uint8 32x32x3xN, got {images_kind} {'x'.join(map(str, images_shape))}")
     count = images_shape[3]
     if count > MAX_IMAGES:
         raise InputError(f"{path}: announces {count:,} images, more than {MAX_IMAGES:,}")
     if labels_shape not in ((count, 1), (1, count)):
-        raise InputError(f"{path}: {count} images but labels y of shape {'x'.join(map(str, labels_shape)) or 'none'}")
+        raise InputError(f"{path}: {count} images but labels y of shape {'x'.join(map(str, labels_shape))}")
     try:
         content = loadmat(str(path), variable_names=["X", "y"])
     except Exception as error:

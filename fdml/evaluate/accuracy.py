@@ -38,8 +38,8 @@ def evaluate(
 ) -> Accuracy:
     """Runs every attack on every image that the model answers rightly; one answered wrongly counts as fallen.
 
-    ``tick`` is called after each attack of each batch. Each attack draws from a generator of its own, so that adding one
-    changes no other.
+    ``tick`` is called after each attack of each batch. Each attack draws from a generator of its own, so that adding
+    one changes no other.
     """
     standing = {"clean": predictions(model, x, batch_size) == y}
     right = standing["clean"].nonzero().squeeze(1)

@@ -3,11 +3,9 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from torch import nn
-
 from fdml.errors import InputError, unknown
 from fdml.models.cnn import CNN
-from fdml.models.resnet import resnet18, wide_resnet
+from fdml.models.resnet import ResNet, resnet18, wide_resnet
 from fdml.models.robust import Outputs, RobustModel, wrap
 
 __all__ = ["ARCHITECTURES", "Outputs", "RobustModel", "build", "wrap"]
@@ -44,7 +42,7 @@ def build(
     return RobustModel(backbone, backbone.taps, mean=mean, std=std)
 
 
-def _backbone(architecture: str, channels: int, size: int, classes: int, options: dict) -> CNN | nn.Module:
+def _backbone(architecture: str, channels: int, size: int, classes: int, options: dict) -> CNN | ResNet:
     wide = re.fullmatch(r"wrn-(\d{1,3})-(\d{1,2})", architecture)
     try:
         if architecture == "cnn":

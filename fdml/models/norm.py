@@ -1,4 +1,4 @@
-"""Convolution and batch normalisation as one unit: folded when it only infers, synchronised when several processes train."""
+"""Convolution and batch normalisation as one unit: folded to infer, synchronised when several processes train."""
 
 import torch
 import torch.distributed as dist
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class BatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` whose training statistics are those of the global batch when several processes train.
 
-    ``nn.SyncBatchNorm`` does the same on a GPU and refuses a CPU; this one serves both, so that a run of N processes can
-    be checked against a run of one.
+    ``nn.SyncBatchNorm`` does the same on a GPU and refuses a CPU; this one serves both, so that a run of N processes
+    can be checked against a run of one.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -43,9 +43,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 class ConvNorm(nn.Module):
     """Convolution, then batch normalisation.
 
-    In eval mode the normalisation is folded into the convolution's weights at each call. The folding touches the weights
-    alone, a thousandth of the work of the convolution, and spares the inner attack one pass over the activations forward
-    and one backward; nothing is cached that a training step could make stale.
+    In eval mode the normalisation is folded into the convolution's weights at each call. The folding touches the
+    weights alone, a thousandth of the work of the convolution, and spares the inner attack one pass over the
+    activations forward and one backward; nothing is cached that a training step could make stale.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> None:

@@ -42,7 +42,8 @@ class PreActBlock(nn.Module):
 class ResNet(nn.Module):
     """Stages of residual blocks over a 3x3 stem without pooling; the first stage keeps the resolution.
 
-    ``widths`` and ``depth`` give each stage's channels and the number of blocks in each stage. Taps: stage1, …, features.
+    ``widths`` and ``depth`` give each stage's channels and the number of blocks in each stage. Taps: stage1, …,
+    features.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class ResNet(nn.Module):
             inputs = width
         self.last_norm = BatchNorm2d(inputs) if preact else None
         self.head = nn.Linear(inputs, classes)
-        self.taps = (*(f"stage{i + 1}" for i in range(len(widths))), "features")
+        self.taps: tuple[str, ...] = (*(f"stage{i + 1}" for i in range(len(widths))), "features")
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -73,7 +74,8 @@ class ResNet(nn.Module):
             x = stage(x)
             if self.last_norm is not None and index == len(self.stages) - 1:
                 x = F.relu_(self.last_norm(x))
-            # A pre-activation block starts by writing into a fresh tensor, so a tap is never overwritten by the next stage.
+            # A pre-activation block starts by writing into a fresh tensor, so a tap is never overwritten by the next
+            # stage.
             taps[f"stage{index + 1}"] = x
         taps["features"] = x.mean((2, 3))
         return Outputs(self.head(taps["features"]), taps)

@@ -13,9 +13,9 @@ from fdml.errors import InputError, unknown
 class Outputs(NamedTuple):
     """The answer of a model and what it saw on the way.
 
-    ``logits`` has shape (b, classes). ``taps`` maps a name to that layer's features, in order of depth: (b, c, h, w) for a
-    spatial layer, (b, c) for a pooled one. A backbone's last tap is always ``features``, the pooled input of its last
-    linear layer.
+    ``logits`` has shape (b, classes). ``taps`` maps a name to that layer's features, in order of depth: (b, c, h, w)
+    for a spatial layer, (b, c) for a pooled one. A backbone's last tap is always ``features``, the pooled input of its
+    last linear layer.
     """
 
     logits: Tensor

@@ -1,0 +1,264 @@
+"""The command line: one short function a command. What a command needs is imported when it runs."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fdml
+from fdml.errors import InputError, Stopped
+
+app = typer.Typer(
+    name="fdml",
+    help="Train image classifiers that withstand adversarial examples, and show how far they do.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Which extra brings what a command may find missing.
+_EXTRAS = {
+    "torch": "train",
+    "safetensors": "train",
+    "jaxtyping": "train",
+    "sklearn": "train",
+    "scipy": "train",
+    "matplotlib": "train",
+    "datasets": "hub",
+}
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no tables, no progress.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data set's files; looked in first.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the default is a GPU where there is one.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fdml {fdml.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="Examples:  fdml train  |  fdml train trades --data fashion-mnist --set epochs=10  |"
+    "  fdml train --out runs/fdml-digits --resume"
+)
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A name from `fdml recipes`. [default: fdml]")] = None,
+    data: Annotated[str | None, typer.Option(help="A name from `fdml datasets`. [default: digits]")] = None,
+    data_dir: DataDir = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels, for folder: and hf: data.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/RECIPE-DATA]")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="A model file to take as the teacher.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run folder stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train a teacher on clean images and a defended student on adversarial ones."""
+    from fdml.recipe import override
+    from fdml.recipes import recipe as named
+    from fdml.run import Run
+
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: go on with the run, or replace it")
+    out = out or Path("runs") / f"{recipe or 'fdml'}-{_slug(data or 'digits')}"
+    if resume and recipe is None and not set_ and (out / "recipe.json").exists():
+        run = Run(out)
+        chosen, data = run.recipe(), data or run.data()
+    else:
+        chosen = override(named(recipe or "fdml", data or "digits"), set_ or [])
+
+    from fdml.data import load
+    from fdml.threat import Threat
+    from fdml.train import train as start
+
+    Threat(chosen.norm, chosen.eps)  # refuses a wrong eps before any data is looked for
+    if teacher is not None:
+        fdml.read_card(teacher)
+    loaded = load(data or "digits", data_dir=data_dir, size=size, val_fraction=chosen.val_fraction)
+    console = None if as_json else _console()
+    summary = start(
+        chosen, loaded, out, teacher=teacher, resume=resume, overwrite=overwrite, device=device, console=console
+    )
+    if as_json and summary:
+        print(json.dumps(summary))
+
+
+@app.command(epilog="Example:  fdml predict runs/fdml-digits/student.safetensors digit.png --top 3")
+def predict(
+    model: Annotated[Path, typer.Argument(help="A .safetensors file of `fdml train`.")],
+    images: Annotated[list[Path], typer.Argument(help="PNG, JPEG, WebP or BMP files.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 1,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Classify images."""
+    import torch
+
+    from fdml.checkpoint import load
+    from fdml.data.images import read
+
+    card = fdml.read_card(model)
+    network = load(model, device=device or "cpu")
+    answers: list[dict[str, Any]] = []
+    for path in images:
+        pixels = torch.from_numpy(read(path, card.input))[None].to(device or "cpu").float() / 255
+        with torch.inference_mode():
+            best = network(pixels).softmax(1)[0].topk(min(top, len(card.classes)))
+        named = [
+            {"class": card.classes[index], "probability": round(p, 6)}
+            for p, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        answers.append({"image": str(path), "top": named})
+    if as_json:
+        print(json.dumps(answers))
+        return
+    from rich.table import Table
+
+    table = Table("image", "class", "probability")
+    for answer in answers:
+        for place, found in enumerate(answer["top"]):
+            table.add_row("" if place else answer["image"], found["class"], f"{100 * found['probability']:.1f}%")
+    _console().print(table)
+
+
+@app.command(epilog="Example:  fdml info runs/fdml-digits")
+def info(
+    path: Annotated[Path, typer.Argument(help="A .safetensors file, or the folder of a run.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a model or a run is, without loading it."""
+    from fdml.run import Run
+
+    file = path
+    summary: dict[str, Any] | None = None
+    if path.is_dir():
+        run = Run(path)
+        recipe = run.recipe()
+        summary = run.summary()
+        file = run.model("student")
+        if not file.exists():
+            epochs = sum(row["role"] == "student" for row in run.rows())
+            raise InputError(
+                f"{path}: the student is not finished ({epochs} of {recipe.epochs} epochs): fdml train --resume"
+            )
+    card = fdml.read_card(file)
+    if as_json:
+        print(json.dumps({"card": json.loads(card.to_json()), "summary": summary}))
+        return
+    from rich.table import Table
+
+    from fdml.card import header, threat_words
+
+    weights = sum(_product(tensor.shape) for tensor in header(file).tensors.values())
+    threat = "none: trained on clean images" if card.threat is None else threat_words(**card.threat)
+    table = Table(show_header=False, title=str(file), box=None, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    options = [f"{name}={value}" for name, value in card.options.items()]
+    rows = {
+        "role": card.role,
+        "architecture": f"{' '.join([card.architecture, *options])}, {weights:,} weights and statistics",
+        "input": f"{card.input[0]} x {card.input[1]} x {card.input[2]}, pixels in [0, 1]",
+        "classes": f"{len(card.classes)}: {', '.join(card.classes[:10])}{', …' if len(card.classes) > 10 else ''}",
+        "threat": threat,
+        "recipe": f"{card.recipe.get('name', '?')}, seed {card.seed}",
+        "data": f"{card.data['name']}, fingerprint {card.data['fingerprint'][:12]}",
+        "metrics": json.dumps(card.metrics),
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(card.versions.items())),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    _console().print(table)
+    if summary is not None:
+        from fdml.tables import closing_table
+
+        _console().print(closing_table(summary))
+
+
+@app.command(epilog="Example:  fdml recipes fdml --data fashion-mnist")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show every key of this recipe.")] = None,
+    data: Annotated[str, typer.Option(help="The data set whose settings apply.")] = "digits",
+    as_json: Json = False,
+) -> None:
+    """List the recipes, or the keys of one."""
+    from fdml.recipes import RECIPES
+    from fdml.recipes import recipe as named
+
+    if name is not None:
+        _listing(named(name, data).to_dict(), as_json)
+    else:
+        _listing({name: (make.__doc__ or "").strip() for name, make in RECIPES.items()}, as_json)
+
+
+@app.command(epilog="Example:  fdml train --data fashion-mnist")
+def datasets(as_json: Json = False) -> None:
+    """List the data sets."""
+    from fdml.data import CATALOGUE
+
+    _listing(CATALOGUE, as_json)
+
+
+def main() -> None:
+    """Runs a command; a mistake of the user's becomes one line and the exit status 2."""
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error), 2)
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.code)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _EXTRAS:
+            raise
+        _fail(f"this needs {module}, which is not installed: pip install 'fdml[{_EXTRAS[module]}]'", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"fdml: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Outside a terminal rich takes 80 columns and would break paths and tables in the middle.
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=120)
+
+
+def _listing(rows: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows))
+        return
+    width = max(len(name) for name in rows)
+    for name, value in rows.items():
+        print(f"{name:{width}}  {value}")
+
+
+def _slug(data: str) -> str:
+    """A data set's name as part of a folder's."""
+    kind, _, rest = data.partition(":")
+    return f"{kind}-{Path(rest).stem}" if rest else kind
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size

@@ -1,0 +1,309 @@
+"""Training as a user sees it: what a run leaves behind, how it goes on after a kill, how it stops when it must."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import fdml
+from fdml.data import load as load_data
+from fdml.data.dataset import Arrays, DataSet
+from fdml.errors import InputError, Stopped
+from fdml.guidance import Teacher
+from fdml.recipe import Recipe
+from fdml.recipes import RECIPES, recipe
+from fdml.run import Run
+from fdml.train import fit, train
+from fdml.world import World
+
+ROOT = Path(__file__).parents[1]
+TINY = ["width=4", "epochs=2", "teacher_epochs=1", "attack_steps=2", "val_steps=2", "test_limit=20", "val_limit=40"]
+
+
+def tiny(name: str = "fdml", **changes: object) -> Recipe:
+    """A recipe that trains in about a second."""
+    small = {"width": 4, "epochs": 2, "teacher_epochs": 1, "attack_steps": 2}
+    return replace(recipe(name, "digits"), **(small | {"val_steps": 2, "test_limit": 20, "val_limit": 40} | changes))
+
+
+@pytest.fixture(scope="session")
+def digits() -> DataSet:
+    return load_data("digits")
+
+
+@pytest.fixture(scope="session")
+def finished(digits: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny(), digits, out)
+    return out
+
+
+def learn(chosen: Recipe, data: DataSet, out: Path) -> list[dict]:
+    """The training of ``train`` without its report; returns the lines of ``metrics.jsonl``."""
+    run, world = Run(out), World.join("cpu")
+    run.begin(chosen, {}, resume=False, overwrite=False)
+    guide = None
+    if chosen.needs_teacher:
+        teacher = fit(chosen.teacher(), data, run, world, "teacher", None, Console(quiet=True))
+        guide = Teacher.of(teacher, chosen, data.train)
+    fit(chosen, data, run, world, "student", guide, Console(quiet=True))
+    return run.rows()
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for name in ("student", "student-last", "teacher"):
+        a, b = weights(one / f"{name}.safetensors"), weights(other / f"{name}.safetensors")
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+
+
+def test_a_run_leaves_what_the_design_promises(finished: Path, digits: DataSet) -> None:
+    for name in ("student", "student-last", "teacher"):
+        card = fdml.read_card(finished / f"{name}.safetensors")
+        assert card.data == {"name": "digits", "fingerprint": digits.fingerprint}
+        assert card.input == (1, 8, 8)
+    assert fdml.read_card(finished / "student.safetensors").threat == {"norm": "linf", "eps": 0.2}
+    assert fdml.read_card(finished / "teacher.safetensors").threat is None
+    summary = json.loads((finished / "report" / "summary.json").read_text())
+    assert summary["n"] == 20
+    assert summary["threat"] == {"norm": "linf", "eps": 0.2}
+    for role in ("teacher", "student"):
+        assert summary[role]["worst"] <= min(summary[role][name] for name in ("clean", "fgsm", "pgd20", "pgd50x3"))
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["role"], row["epoch"]) for row in rows] == [("teacher", 1), ("student", 1), ("student", 2)]
+    assert {"loss", "ce", "fd", "ml", "active", "d_ap", "d_an", "clean", "pgd", "lr"} <= rows[-2].keys()
+    for picture in ("curves.png", "examples.png"):
+        assert (finished / "report" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loaded_model_answers_as_the_trained_one(finished: Path, digits: DataSet) -> None:
+    model = fdml.load(finished / "student.safetensors")
+    _, x, _ = digits.test.head(16).all()
+    assert not model.training
+    with torch.no_grad():
+        together, alone = model(x), torch.cat([model(image[None]) for image in x])
+    assert together.shape == (16, 10)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_trains(name: str, digits: DataSet, tmp_path: Path) -> None:
+    rows = learn(tiny(name, epochs=1), digits, tmp_path / "run")
+    assert (rows[0]["role"] == "teacher") == recipe(name).needs_teacher
+    row = rows[-1]
+    assert row["loss"] == pytest.approx(
+        sum(row[term] for term in ("ce", "bce", "kl", "fd", "ml") if term in row), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"awp": 0.01, "awp_after": 0.0, "clip": 1.0},
+        {"positive": "student", "guidance": "ramp", "schedule": "multi-step", "ema": 0.0},
+        {"start": "teacher", "schedule": "constant", "momentum": 0.0},
+        {"teacher_width": 6, "fd_layers": "stage2, stage3"},
+        {"architecture": "resnet18", "width": 2, "teacher_width": 2, "preact": True, "fd_layers": "stage4"},
+        {"augment": "crop,erase", "norm": "l2", "eps": 0.5},
+        {"precision": "bf16"},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_every_switch_trains(changes: dict, digits: DataSet, tmp_path: Path) -> None:
+    if changes.get("start") == "teacher":
+        changes = {**changes, "answer": 0.5}
+    rows = learn(tiny(**changes, epochs=1), digits, tmp_path / "run")
+    assert all(row["loss"] == row["loss"] and row["loss"] < 20 for row in rows)
+
+
+def test_training_learns(digits: DataSet, tmp_path: Path) -> None:
+    """A few epochs of the real recipe beat chance by far, clean and attacked; an undefended model does not."""
+    short = tiny(width=8, epochs=8, teacher_epochs=5, attack_steps=3, test_limit=200)
+    summary = train(short, digits, tmp_path / "run")
+    assert summary["student"]["clean"] > 0.85
+    assert summary["student"]["worst"] > 0.35
+    assert summary["teacher"]["worst"] < 0.1
+
+
+def test_the_same_recipe_gives_the_same_weights(finished: Path, digits: DataSet, tmp_path: Path) -> None:
+    learn(tiny(), digits, tmp_path / "again")
+    assert_same_weights(finished, tmp_path / "again")
+    learn(tiny(seed=1), digits, tmp_path / "other")
+    a, b = (weights(path / "student.safetensors") for path in (finished, tmp_path / "other"))
+    assert not torch.equal(a["backbone.head.weight"], b["backbone.head.weight"])
+
+
+def test_a_caller_s_random_state_is_left_alone(digits: DataSet, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    train(tiny(epochs=1), digits, tmp_path / "run")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+COMMAND = [sys.executable, "-m", "fdml", "train", *(word for key in TINY for word in ("--set", key))]
+
+
+def start(out: Path, *options: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        [*COMMAND, "--out", str(out), *options],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("progress", ["state/teacher.safetensors", "state/student-best.safetensors"])
+def test_a_killed_run_ends_with_the_same_weights(finished: Path, tmp_path: Path, progress: str) -> None:
+    out = tmp_path / "killed"
+    process = start(out)
+    for _ in range(1200):
+        if (out / progress).exists() or process.poll() is not None:
+            break
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert (out / progress).exists()
+    assert not (out / "student.safetensors").exists(), "killed too late to show anything"
+    resumed = start(out, "--resume")
+    _, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert_same_weights(finished, out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["role"], row["epoch"]) for row in rows] == [("teacher", 1), ("student", 1), ("student", 2)]
+
+
+def test_a_run_stopped_between_two_steps_ends_with_the_same_weights(
+    finished: Path, digits: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of an epoch: the state holds the step, the sums and the moving average."""
+    from fdml.learner import Learner
+
+    calls = 0
+    step = Learner.step
+
+    def interrupted(self: Learner, *arguments, **keywords) -> dict:
+        nonlocal calls
+        calls += 1
+        if calls == 14:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
+    out = tmp_path / "stopped"
+    with pytest.raises(Stopped, match=r"--resume") as caught:
+        train(tiny(), digits, out)
+    assert caught.value.code == 130
+    train(tiny(), digits, out, resume=True)
+    assert_same_weights(finished, out)
+    loss = [json.loads((path / "metrics.jsonl").read_text().splitlines()[1])["loss"] for path in (finished, out)]
+    assert loss[0] == loss[1]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(digits: DataSet, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Stopped, match=r"the loss term ml is not finite in epoch \d of the student") as caught:
+        train(tiny(ml=3e38), digits, out)
+    assert caught.value.code == 1
+    assert (out / "teacher.safetensors").exists()
+    for state in out.rglob("*.safetensors"):
+        assert all(
+            bool(torch.isfinite(tensor).all()) for tensor in load_file(state).values() if tensor.is_floating_point()
+        )
+
+
+def test_a_folder_that_holds_a_run_is_not_touched(finished: Path, digits: DataSet, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(InputError, match=r"already holds a run.*--resume.*--overwrite"):
+        train(tiny(), digits, finished)
+    with pytest.raises(InputError, match=r"begun with recipe epochs=2, not 3"):
+        train(tiny(epochs=3), digits, finished, resume=True)
+    few = Arrays(digits.test.head(200).images, digits.test.head(200).labels)
+    with pytest.raises(InputError, match="begun with data"):
+        train(tiny(), replace(digits, name="other", train=few, fingerprint="0" * 64), finished, resume=True)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(digits: DataSet, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    learn(tiny("standard", epochs=1), digits, out)
+    train(tiny("standard", epochs=1, seed=5), digits, out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert fdml.read_card(out / "student.safetensors").seed == 5
+
+
+def test_a_finished_run_is_resumed_at_once(finished: Path, digits: DataSet) -> None:
+    before = (finished / "student.safetensors").stat().st_mtime_ns
+    summary = train(tiny(), digits, finished, resume=True)
+    assert "worst" in summary["student"]
+    assert (finished / "student.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_given_teacher_is_taken(finished: Path, digits: DataSet, tmp_path: Path) -> None:
+    train(tiny(), digits, tmp_path / "run", teacher=finished / "teacher.safetensors")
+    assert_same_weights(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eps": 8.0}, r"did you mean 8/255\?"),
+        ({"batch_size": 5000}, "batch_size=5000 does not fit"),
+        ({"fd_layers": "stage9"}, "unknown layer in fd_layers 'stage9'"),
+        ({"architecture": "resnet81"}, "unknown architecture 'resnet81'.*resnet18"),
+        ({"augment": "flap"}, "flap.*flip"),
+        ({"start": "teacher", "teacher_width": 5}, "start=teacher needs"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(changes: dict, message: str, digits: DataSet, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        train(tiny(**changes), digits, tmp_path / "run")
+
+
+def test_two_processes_train_the_model_of_one(digits: DataSet, tmp_path: Path) -> None:
+    """`torchrun`, gloo: the same global batches give the same student to 1e-4, and the same losses.
+
+    An l2 threat, because a sign attack turns the last bit of a gradient near 0 into a whole step, in either direction:
+    under linf two correct runs drift apart by more than the rounding that this test is about.
+    """
+    keys = [*TINY, "positive=student", "norm=l2", "eps=0.5", "batch_size=256"]
+    words = [word for key in keys for word in ("--set", key)]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    module = ["-m", "fdml", "train", *words]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command in ([*module, "--out", str(alone)], [*launcher, *module, "--out", str(together)]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    for name in ("student", "student-last", "teacher"):
+        a, b = weights(alone / f"{name}.safetensors"), weights(together / f"{name}.safetensors")
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+    for one, two in zip(Run(alone).rows(), Run(together).rows(), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
