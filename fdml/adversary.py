@@ -1,12 +1,13 @@
 """The inner attack: the adversarial images that the student learns from."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fdml import losses
 from fdml.attacks import n_fgsm, pgd
 from fdml.inference import inference
-from fdml.models import RobustModel
 from fdml.recipe import Recipe
 from fdml.threat import Threat
 
@@ -23,10 +24,19 @@ def attack_start(recipe: Recipe, x: Tensor, threat: Threat, generator: torch.Gen
     return threat.random(x, generator)
 
 
-def inner_attack(recipe: Recipe, model: RobustModel, x: Tensor, start: Tensor, y: Tensor, threat: Threat) -> Tensor:
+def inner_attack(
+    recipe: Recipe, model: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, y: Tensor, threat: Threat
+) -> Tensor:
     """Adversarial images of ``x`` against ``model`` as it is: gradients of the input alone, BatchNorm in eval mode."""
     if recipe.attack == "none":
         return x
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        return _attack(recipe, model, x, start, y, threat)
+
+
+def _attack(
+    recipe: Recipe, model: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, y: Tensor, threat: Threat
+) -> Tensor:
     if recipe.attack == "n-fgsm":
         return n_fgsm(model, x, y, threat, start=start)
     ascends = losses.cross_entropy

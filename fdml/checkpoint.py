@@ -28,7 +28,7 @@ def save(model: RobustModel, card: Card, path: str | Path) -> None:
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {KEY: card.to_json()}
-    write_whole(Path(path), lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+    _write(Path(path), tensors, metadata)
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu", model: RobustModel | None = None) -> RobustModel:
@@ -47,7 +47,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", model: RobustM
             raise InputError(f"{path} holds a wrapped model of the user's own: give load(…, model=) its code")
         # The card's limits bound a single layer; the header, which is proved to fit the file, bounds the whole model.
         with torch.device("meta"):
-            model = _build(card)
+            model = _build(path, card)
         _check_fit(path, model)
         model.to_empty(device="cpu")
     else:
@@ -59,15 +59,21 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", model: RobustM
     return model.eval().to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def _build(card: Card) -> RobustModel:
-    return build(
-        card.architecture,
-        input=card.input,
-        classes=len(card.classes),
-        mean=card.mean,
-        std=card.std,
-        options=card.options,
-    )
+def _build(path: Path, card: Card) -> RobustModel:
+    try:
+        return build(
+            card.architecture,
+            input=card.input,
+            classes=len(card.classes),
+            mean=card.mean,
+            std=card.std,
+            options=card.options,
+        )
+    except (
+        ValueError,
+        RuntimeError,
+    ) as error:  # sizes that torch itself refuses, beside what is wrong by our own rules
+        raise InputError(f"{path}: the card's network cannot be built: {str(error).splitlines()[0]}") from None
 
 
 def _check_fit(path: Path, model: RobustModel) -> None:
@@ -97,7 +103,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, A
     """Writes a resumable state, whole or not at all; floats keep every bit."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"fdml.state": STATE_FORMAT, "values": json.dumps(values)}
-    write_whole(path, lambda temporary: safetensors.torch.save_file(ready, temporary, metadata))
+    _write(path, ready, metadata)
 
 
 def load_state(path: Path) -> State:
@@ -105,4 +111,18 @@ def load_state(path: Path) -> State:
     metadata = header(path).metadata
     if metadata.get("fdml.state") != STATE_FORMAT:
         raise InputError(f"{path} is not a training state of this version of fdml: train again with --overwrite")
-    return State(safetensors.torch.load_file(path), json.loads(metadata["values"]))
+    try:
+        values = json.loads(metadata.get("values", ""))
+        return State(safetensors.torch.load_file(path), dict(values))
+    except (ValueError, TypeError, RecursionError, safetensors.SafetensorError):
+        raise InputError(f"{path}: the training state cannot be read: train again with --overwrite") from None
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def write(temporary: Path) -> None:
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata)
+        except safetensors.SafetensorError as error:  # a full disk too: the library has one error for everything
+            raise OSError(str(error)) from None
+
+    write_whole(path, write)

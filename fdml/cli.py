@@ -112,12 +112,15 @@ def predict(
 
     from fdml.checkpoint import load
     from fdml.data.images import read
+    from fdml.world import World
 
     card = fdml.read_card(model)
-    network = load(model, device=device or "cpu")
+    where = World.join(device).device
+    network = load(model, device=where)
     answers: list[dict[str, Any]] = []
     for path in images:
-        pixels = torch.from_numpy(read(path, card.input))[None].to(device or "cpu").float() / 255
+        # A copy: the array of an image is read-only, which torch warns of.
+        pixels = torch.tensor(read(path, card.input), device=where)[None].float() / 255
         with torch.inference_mode():
             best = network(pixels).softmax(1)[0].topk(min(top, len(card.classes)))
         named = [
@@ -128,12 +131,15 @@ def predict(
     if as_json:
         print(json.dumps(answers))
         return
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    table = Table("image", "class", "probability")
+    table = Table(Column("image", overflow="fold"), Column("class", overflow="fold"), "probability")
     for answer in answers:
         for place, found in enumerate(answer["top"]):
-            table.add_row("" if place else answer["image"], found["class"], f"{100 * found['probability']:.1f}%")
+            # Text, not markup: names may hold brackets.
+            names = Text("" if place else answer["image"]), Text(found["class"])
+            table.add_row(*names, f"{100 * found['probability']:.1f}%")
     _console().print(table)
 
 
@@ -158,16 +164,25 @@ def info(
                 f"{path}: the student is not finished ({epochs} of {recipe.epochs} epochs): fdml train --resume"
             )
     card = fdml.read_card(file)
+    closing = None
+    if summary is not None:
+        from fdml.tables import closing_table
+
+        try:
+            closing = closing_table(summary)
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise InputError(f"{path}/report/summary.json is not a summary of a run: fdml train --resume") from None
     if as_json:
         print(json.dumps({"card": json.loads(card.to_json()), "summary": summary}))
         return
     from rich.table import Table
+    from rich.text import Text
 
     from fdml.card import header, threat_words
 
     weights = sum(_product(tensor.shape) for tensor in header(file).tensors.values())
     threat = "none: trained on clean images" if card.threat is None else threat_words(**card.threat)
-    table = Table(show_header=False, title=str(file), box=None, title_justify="left")
+    table = Table(show_header=False, title=Text(str(file), style="italic"), box=None, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     options = [f"{name}={value}" for name, value in card.options.items()]
@@ -183,12 +198,10 @@ def info(
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(card.versions.items())),
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     _console().print(table)
-    if summary is not None:
-        from fdml.tables import closing_table
-
-        _console().print(closing_table(summary))
+    if closing is not None:
+        _console().print(closing)
 
 
 @app.command(epilog="Example:  fdml recipes fdml --data fashion-mnist")
@@ -218,7 +231,7 @@ def datasets(as_json: Json = False) -> None:
 def main() -> None:
     """Runs a command; a mistake of the user's becomes one line and the exit status 2."""
     try:
-        app()
+        app(prog_name="fdml")  # also where it runs as `python -m fdml`
     except InputError as error:
         _fail(str(error), 2)
     except Stopped as stopped:

@@ -30,7 +30,8 @@ def write_whole(path: Path, content: bytes | str | Callable[[Path], None]) -> No
         temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
     except OSError as error:
-        kept = "; the previous file is intact" if path.exists() else ""
+        # Unlike Path.exists, this asks a folder that may not be searched without raising.
+        kept = "; the previous file is intact" if os.path.exists(path) else ""
         raise InputError(f"cannot write {path}: {error.strerror or error}{kept}") from error
     finally:
         if temporary is not None:

@@ -18,7 +18,8 @@ from fdml.world import World
 class Learner:
     """The student (or teacher) with its optimizer and the moving average of its weights.
 
-    ``average`` is the model to validate and to keep: the exponential moving average of weights and statistics, whose
+    ``attacked`` is the model as the inner attack calls it, compiled where the recipe says so. ``average`` is the model
+    to validate and to keep: the exponential moving average of weights and statistics, whose
     decay rises as (1 + n) / (10 + n) to its value so that a short run does not average its own beginning; without a
     decay it is the model itself.
     """
@@ -31,6 +32,7 @@ class Learner:
         # Statistics are synchronised by the norm layers themselves, where the passes of one step need them.
         runner: nn.Module = DistributedDataParallel(guided, broadcast_buffers=False) if world.size > 1 else guided
         self.runner: Callable = torch.compile(runner) if recipe.compile else runner
+        self.attacked: Callable = torch.compile(self.model) if recipe.compile else self.model
         # Decay is for what multiplies an activation; biases and scales of normalisation do not overfit.
         weights = [p for p in guided.parameters() if p.ndim > 1]
         others = [p for p in guided.parameters() if p.ndim <= 1]

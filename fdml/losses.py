@@ -105,7 +105,7 @@ def triplet(
     the candidates hold none, it is the hardest of any class but ``y``; where they hold none of these either, the
     image's hinge is 0. TLA (Mao et al. 2019, eq. 3) with the confused class of AGKD-BML (Wang et al. 2021).
     """
-    a, p, n = (F.normalize(features, dim=1) for features in (anchor, positive, candidates))
+    a, p, n = (F.normalize(features, dim=1, eps=1e-6) for features in (anchor, positive, candidates))
     similar = a @ n.T
     eligible = candidate_y[None, :] == confused[:, None]
     eligible = torch.where(eligible.any(1, keepdim=True), eligible, candidate_y[None, :] != y[:, None])

@@ -8,18 +8,18 @@ from fdml.recipe import Recipe
 
 
 def fdml(base: Recipe) -> Recipe:
-    """The method: AT guided by a clean teacher's features (distillation + metric loss) and softened answers."""
-    return replace(base, answer=0.5, fd=0.3, ml=2.0)
+    """The method: AT from the teacher's weights, guided by its clean features (distillation and metric loss)."""
+    return replace(base, start="teacher", fd=0.3, ml=2.0)
 
 
 def fd(base: Recipe) -> Recipe:
-    """Ablation: PGD-AT and feature distillation alone."""
-    return replace(base, fd=1.0)
+    """Ablation of fdml: feature distillation without the metric loss."""
+    return replace(fdml(base), ml=0.0)
 
 
 def ml(base: Recipe) -> Recipe:
-    """Ablation: PGD-AT and the metric loss alone."""
-    return replace(base, ml=2.0)
+    """Ablation of fdml: the metric loss without feature distillation."""
+    return replace(fdml(base), fd=0.0)
 
 
 def pgd_at(base: Recipe) -> Recipe:
@@ -64,7 +64,7 @@ def _digits() -> Recipe:
 
 
 def _small_grey() -> Recipe:
-    return Recipe(name="grey", eps=0.1, epochs=5, teacher_epochs=3, attack_steps=2, attack_step=0.75)
+    return Recipe(name="grey", eps=0.1, epochs=8, teacher_epochs=5, attack_steps=2, attack_step=0.75)
 
 
 def _small_colour() -> Recipe:

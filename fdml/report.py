@@ -39,7 +39,8 @@ def write_report(
     system refuses to write.
     """
     # Loaded here: a process that trains but writes no report needs no matplotlib.
-    from fdml import pictures
+    from fdml.curves import write_curves
+    from fdml.gallery import write_gallery
 
     _, x, y = data.test.head(recipe.test_limit).all()
     x = x.contiguous(memory_format=torch.channels_last)
@@ -51,8 +52,8 @@ def write_report(
     # The numbers first: nothing that befalls a picture loses them.
     write_whole(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(closing_table(summary))
-    pictures.curves(run.rows(), run.report / "curves.png")
-    pictures.gallery(models, x[:200], y[:200], data.classes, threat, run.report / "examples.png")
+    write_curves(run.rows(), run.report / "curves.png")
+    write_gallery(models, x[:200], y[:200], data.classes, threat, run.report / "examples.png")
     # Paths stay in one piece, to be copied.
     place = f"student: {run.model('student')}\npictures: {run.report}/examples.png, curves.png"
     console.print(place, markup=False, highlight=False, soft_wrap=True)

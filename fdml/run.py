@@ -60,7 +60,11 @@ class Run:
 
     def recipe(self) -> Recipe:
         """The recipe that the folder was begun with; raises ``InputError`` where there is none that can be read."""
-        return from_dict(self._begun()["recipe"])
+        values = self._begun()["recipe"]
+        try:
+            return from_dict(values)
+        except InputError as error:
+            raise InputError(f"{self.path / 'recipe.json'}: {error}") from None
 
     def data(self) -> str:
         """The name of the data set that the folder was begun with."""
@@ -69,11 +73,27 @@ class Run:
     def summary(self) -> dict[str, Any] | None:
         """The closing summary, where the run has come that far."""
         path = self.report / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        found = _parsed(_text(path))
+        if found is None:
+            raise InputError(f"{path} is not the summary of a run: write it again with fdml train --resume")
+        return found
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``."""
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
+        """The lines of ``metrics.jsonl``, without half a last line: what a kill in the middle of writing leaves.
+
+        Raises ``InputError`` where any other line is no line of a run.
+        """
+        lines = _text(self.metrics).splitlines(keepends=True) if self.metrics.exists() else []
+        rows = []
+        for number, line in enumerate(lines, 1):
+            row = _parsed(line)
+            if row is not None and isinstance(row.get("role"), str) and isinstance(row.get("epoch"), int):
+                rows.append(row)
+            elif number < len(lines) or line.endswith("\n"):
+                raise InputError(f"{self.metrics}: line {number} is not a line of a run: start again with --overwrite")
+        return rows
 
     def keep_rows(self, role: str, epochs: int) -> None:
         """Drops the lines of ``role`` beyond the first ``epochs``: what a killed run wrote after its last state."""
@@ -91,16 +111,11 @@ class Run:
 
     def _begun(self) -> dict[str, Any]:
         path = self.path / "recipe.json"
-        try:
-            content = json.loads(path.read_text())
-            assert isinstance(content["recipe"], dict)
-            assert isinstance(content["data"], dict)
-        except FileNotFoundError:
-            raise InputError(
-                f"{path} is missing, so this run cannot be resumed: start again with --overwrite"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError, AssertionError):
-            raise InputError(f"{path} cannot be read as a recipe: start again with --overwrite") from None
+        if not path.exists():
+            raise InputError(f"{path} is missing, so this run cannot be resumed: start again with --overwrite")
+        content = _parsed(_text(path))
+        if content is None or not isinstance(content.get("recipe"), dict) or not isinstance(content.get("data"), dict):
+            raise InputError(f"{path} cannot be read as a recipe: start again with --overwrite")
         return content
 
     def _check_same(self, recipe: Recipe, data: Mapping[str, str]) -> None:
@@ -112,3 +127,21 @@ class Run:
                         f"{self.path} was begun with {kind} {key}={old.get(key)!r}, not {new.get(key)!r}: resume it as"
                         " it was, or start again with --overwrite"
                     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not text in UTF-8") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """The JSON object that the text is, or nothing."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -18,7 +18,7 @@ import fdml
 from fdml.adversary import attack_start, inner_attack
 from fdml.attacks import pgd
 from fdml.card import Card, read_card
-from fdml.checkpoint import load, load_state, save, save_state
+from fdml.checkpoint import CUSTOM, load, load_state, save, save_state
 from fdml.data.augment import augment
 from fdml.data.dataset import DataSet, Files
 from fdml.errors import InputError, Stopped
@@ -37,6 +37,8 @@ from fdml.world import World
 STATE_SECONDS = 60.0
 """A state is saved at the end of each epoch, and within an epoch whenever the last one is older than this."""
 
+Make = Callable[[], RobustModel]
+
 INTERRUPTED = 130
 """The exit status of a command that a signal stopped, as shells have it."""
 
@@ -46,6 +48,7 @@ def train(
     data: DataSet,
     out: str | Path,
     *,
+    make: Make | None = None,
     teacher: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -54,12 +57,14 @@ def train(
 ) -> dict:
     """Trains what the recipe says and writes the run folder ``out``; returns the closing summary (``summary.json``).
 
-    ``teacher`` is a model file to take in place of training one. ``device`` None takes a GPU where there is one.
-    ``console`` shows progress; None is silent. Under ``torchrun`` the processes train one model together.
+    ``make`` builds a fresh network in place of the recipe's architecture: a function that returns ``fdml.wrap`` of your
+    own module; ``fdml.load`` of the files then needs one too. ``teacher`` is a model file to take in place of training
+    one. ``device`` None takes a GPU where there is one. ``console`` shows progress; None is silent. Under ``torchrun``
+    the processes train one model together, and only the first returns the summary.
 
-    Raises ``InputError`` for a recipe, folder or file that cannot be used, and ``Stopped`` when a loss is no
-    longer finite or a signal asks to stop. ``resume`` continues a run, stopped or killed at any moment, to the same
-    weights as one that was never stopped.
+    Raises ``InputError`` for a recipe, folder or file that cannot be used, and ``Stopped`` when a loss is no longer
+    finite or a signal asks to stop. ``resume`` continues a run, stopped or killed at any moment, to the same weights as
+    one that was never stopped.
     """
     began = time.monotonic()
     world = World.join(device)
@@ -75,36 +80,44 @@ def train(
     guide = None
     if recipe.needs_teacher:
         if teacher is None:
-            model = fit(recipe.teacher(), data, run, world, "teacher", None, console)
+            model = fit(recipe.teacher(), data, run, world, "teacher", None, console, make)
         else:
-            model = load(teacher, device=world.device)
+            check_teacher(teacher, data)
+            model = load(teacher, device=world.device, model=make() if make else None)
             if world.leads:
                 save(model, read_card(teacher), run.model("teacher"))
         guide = Teacher.of(model, recipe, data.train)
-    student = fit(recipe, data, run, world, "student", guide, console)
+    student = fit(recipe, data, run, world, "student", guide, console, make)
 
     summary: dict = {}
     if world.leads:
         models = {"teacher": guide.model, "student": student} if guide else {"student": student}
         summary = write_report(run, recipe, data, threat, models, began=began, console=console)
-    world.barrier()
+    world.leave()
     return summary
 
 
 def fit(
-    recipe: Recipe, data: DataSet, run: Run, world: World, role: str, guide: Teacher | None, console: Console
+    recipe: Recipe,
+    data: DataSet,
+    run: Run,
+    world: World,
+    role: str,
+    guide: Teacher | None,
+    console: Console,
+    make: Make | None = None,
 ) -> RobustModel:
     """Trains one model and writes ``ROLE.safetensors``, the best on validation, and ``ROLE-last.safetensors``.
 
     Goes on where the run folder holds a state of ``role``, and returns at once where it holds the finished model.
     """
     if run.model(role).exists():
-        return load(run.model(role), device=world.device)
+        return load(run.model(role), device=world.device, model=make() if make else None)
     threat, inner = Threat(recipe.norm, recipe.eps), Threat(recipe.norm, recipe.attack_radius * recipe.eps)
     _, val_x, val_y = data.val.head(recipe.val_limit).all()
     with torch.random.fork_rng(devices=[]):  # initialisation draws from torch's global generator, which is the caller's
         torch.manual_seed(_seed(recipe.seed, role))
-        model = new_model(recipe, data, guide)
+        model = new_model(recipe, data, guide, make)
         guided = Guided(model.to(world.device), guide, val_x[:2])
     learner = Learner(recipe, guided.to(world.device, memory_format=torch.channels_last), world)  # pyright: ignore[reportCallIssue]
     position = Position()
@@ -113,6 +126,7 @@ def fit(
     if world.leads:
         run.keep_rows(role, position.epoch)
 
+    custom = make is not None
     batch_size, rows = recipe.batch_size, world.rows(recipe.batch_size)
     steps = len(data.train) // batch_size
     if steps == 0 or batch_size % world.size:
@@ -125,6 +139,7 @@ def fit(
     streams = isinstance(data.train, Files)
 
     with Progress(console, role, recipe.epochs, steps) as progress, interruptible(world) as interrupted:
+        progress.resume(position.epoch * steps + position.step)
         for epoch in range(position.epoch, recipe.epochs):
             began = saved = time.monotonic()
             first = position.step
@@ -138,10 +153,15 @@ def fit(
                 if not streams:
                     x, y, index, start = x[rows], y[rows], index[rows], start[rows]
                 x, start = (images.contiguous(memory_format=torch.channels_last) for images in (x, start))
-                x_adv = inner_attack(recipe, model, x, start, y, inner)
+                x_adv = inner_attack(recipe, learner.attacked, x, start, y, inner)
                 advice = guide.advise(x, None if recipe.augmentations else index) if guide else None
                 done = (epoch * steps + step) / (recipe.epochs * steps)
-                position.add(learner.step(x, x_adv, y, advice, done))
+                values = learner.step(x, x_adv, y, advice, done)
+                position.add(values)
+                # One step later every term is spoilt; looking at once tells which was first. A GPU would have to wait
+                # for the look, and is asked when a state is saved.
+                if world.device.type == "cpu" and not torch.isfinite(values["loss"]):
+                    check_finite({name: float(value) for name, value in values.items()}, learner, position, role)
 
                 progress.step(epoch, batch_size, position.means)
                 if interrupted() or time.monotonic() - saved > STATE_SECONDS:
@@ -160,7 +180,7 @@ def fit(
                 score = scores.get("pgd", scores["clean"])
                 if score >= position.best:
                     position.best = score
-                    card = make_card(recipe, data, learner.average, role, {"epoch": epoch + 1, **scores})
+                    card = make_card(recipe, data, learner.average, role, custom, {"epoch": epoch + 1, **scores})
                     save(learner.average, card, run.best(role))
                 rate = round((steps - first) * batch_size / seconds, 1)
                 row = {"role": role, "epoch": epoch + 1, "lr": learning_rate(recipe, (epoch + 1) / recipe.epochs)}
@@ -170,24 +190,31 @@ def fit(
             persist(run.state(role), learner, position, role, world)
 
     if world.leads:
-        card = make_card(recipe, data, learner.average, role, {"epoch": recipe.epochs})
+        card = make_card(recipe, data, learner.average, role, custom, {"epoch": recipe.epochs})
         save(learner.average, card, run.model(role, "last"))
         best = run.best(role)
-        save(load(best), read_card(best), run.model(role))
+        save(load(best, model=make() if make else None), read_card(best), run.model(role))
     world.barrier()
-    return load(run.model(role), device=world.device)
+    return load(run.model(role), device=world.device, model=make() if make else None)
 
 
-def new_model(recipe: Recipe, data: DataSet, guide: Teacher | None) -> RobustModel:
+def check_teacher(path: str | Path, data: DataSet) -> None:
+    """Raises ``InputError`` where the model at ``path`` was made for other images or classes than ``data`` holds."""
+    card = read_card(path)
+    if (card.input, len(card.classes)) != (data.input, len(data.classes)):
+        raise InputError(
+            f"{path} is for images of {card.input} and {len(card.classes)} classes, but {data.name} has {data.input}"
+            f" and {len(data.classes)}: give a teacher of the same data"
+        )
+
+
+def new_model(recipe: Recipe, data: DataSet, guide: Teacher | None, make: Make | None) -> RobustModel:
     """A model for the data, initialised at random or, with ``start=teacher``, with the teacher's weights."""
-    model = build(
-        recipe.architecture,
-        input=data.input,
-        classes=len(data.classes),
-        mean=data.mean,
-        std=data.std,
-        options=_options(recipe),
-    )
+    if make:
+        model = make()
+    else:
+        shape = {"input": data.input, "classes": len(data.classes), "mean": data.mean, "std": data.std}
+        model = build(recipe.architecture, **shape, options=_options(recipe))
     if recipe.start == "teacher" and guide:
         try:
             model.load_state_dict(guide.model.state_dict())
@@ -196,11 +223,13 @@ def new_model(recipe: Recipe, data: DataSet, guide: Teacher | None) -> RobustMod
     return model
 
 
-def make_card(recipe: Recipe, data: DataSet, model: RobustModel, role: str, metrics: dict[str, float]) -> Card:
+def make_card(
+    recipe: Recipe, data: DataSet, model: RobustModel, role: str, custom: bool, metrics: dict[str, float]
+) -> Card:
     """What the file of a model trained by ``recipe`` on ``data`` says of itself; metrics are those on validation."""
     return Card(
-        architecture=recipe.architecture,
-        options=_options(recipe),
+        architecture=CUSTOM if custom else recipe.architecture,
+        options={} if custom else _options(recipe),
         classes=data.classes,
         input=data.input,
         mean=tuple(model.mean.flatten().tolist()),
@@ -273,7 +302,7 @@ def check_finite(means: dict[str, float], learner: Learner, position: Position, 
         return
     what = f"the loss term {', '.join(broken)} is" if broken else "the weights are"
     raise Stopped(
-        f"{what} not finite in epoch {position.epoch + (position.step > 0)} of the {role}: training stopped, the last"
+        f"{what} not finite after epoch {position.epoch} of the {role}: training stopped, the last"
         f" good state is kept; try a lower rate than lr={learner.recipe.lr:g}, or clip=1"
     )
 

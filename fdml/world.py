@@ -26,7 +26,7 @@ class World:
 
         ``device`` None takes a GPU where there is one. Raises ``InputError`` for a device that does not exist.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        size = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets it, for a single process too
         local = int(os.environ.get("LOCAL_RANK", "0"))
         name = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -34,7 +34,7 @@ class World:
             torch.empty(0, device=place)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-        if size > 1 and not dist.is_initialized():
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():
             dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
         return cls(dist.get_rank() if size > 1 else 0, size, place)
 
@@ -53,6 +53,11 @@ class World:
         if self.size == 1:
             return tensor
         return torch.cat(differentiable.all_gather(tensor.contiguous()))
+
+    def leave(self) -> None:
+        """Ends the group; this process goes on alone."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def barrier(self) -> None:
         """Waits for every process."""

@@ -1,5 +1,6 @@
 """What every test runs under: few threads, a fixed seed, and annotated shapes that are checked at each call."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -22,7 +23,8 @@ install_import_hook(
     ["fdml.threat", "fdml.losses", "fdml.attacks", "fdml.models", "fdml.data"], typechecker=f"{__name__}.check"
 )
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Workers of pytest-xdist share the cores; a worker by itself may have two.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 # The same examples in every run; no time limit for each, since test machines are slow and shared.
 settings.register_profile("fdml", deadline=None, derandomize=True)

@@ -18,7 +18,7 @@ LAYERS = [
     {"models", "attacks", "data"},
     {"checkpoint", "run", "runtime"},
     {"guidance", "objective", "adversary", "learner", "train", "progress"}
-    | {"evaluate", "certify", "report", "pictures", "tables"},
+    | {"evaluate", "certify", "report", "drawing", "curves", "gallery", "tables"},
     {"export", "serve", "demo"},
     {"cli"},
     {"__main__"},

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
-from fdml import pictures
+from fdml import curves, drawing, gallery
 from fdml.models import RobustModel, wrap
 from fdml.threat import Threat
 
@@ -87,34 +87,34 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_curves_are_legible(name: str) -> None:
-    check_text(pictures.curves_figure(RUNS[name]))
+    check_text(curves.curves_figure(RUNS[name]))
 
 
 def test_curves_show_what_there_is() -> None:
-    full = said(pictures.curves_figure(RUNS["full"]))
+    full = said(curves.curves_figure(RUNS["full"]))
     for words in ("clean 96.0%", "PGD 67.0%", "teacher 84.0%", "kept: epoch 20", "total", "d(a, p)", "active 7%"):
         assert words in full
-    bare = said(pictures.curves_figure(RUNS["standard"]))
+    bare = said(curves.curves_figure(RUNS["standard"]))
     for words in ("PGD", "teacher", "total", "d(a, p)", "active"):
         assert words not in bare
-    assert "Teacher on validation" in said(pictures.curves_figure(RUNS["teacher only"]))
-    assert said(pictures.curves_figure([])) == "no epoch was recorded"
+    assert "Teacher on validation" in said(curves.curves_figure(RUNS["teacher only"]))
+    assert said(curves.curves_figure([])) == "no epoch was recorded"
 
 
 def test_the_epoch_kept_is_the_later_of_equals() -> None:
     rows = [row("student", epoch, pgd=pgd) for epoch, pgd in enumerate((0.1, 0.5, 0.5, 0.2), 1)]
-    assert "kept: epoch 3" in said(pictures.curves_figure(rows))
+    assert "kept: epoch 3" in said(curves.curves_figure(rows))
 
 
 def test_curves_are_a_small_png_and_leave_settings_alone(tmp_path: Path) -> None:
     path = tmp_path / "report" / "curves.png"
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
         before = dict(matplotlib.rcParams)
-        pictures.curves(RUNS["full"], path)
+        curves.write_curves(RUNS["full"], path)
         assert dict(matplotlib.rcParams) == before
     image = opened(path)
     assert image.format == "PNG"
-    assert image.width == pictures.WIDTH
+    assert image.width == drawing.WIDTH
     assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     assert path.stat().st_size < 100_000
     assert [file.name for file in path.parent.iterdir()] == ["curves.png"]
@@ -122,7 +122,7 @@ def test_curves_are_a_small_png_and_leave_settings_alone(tmp_path: Path) -> None
 
 @given(st.lists(st.floats(0, 100), max_size=8))
 def test_spread_keeps_order_and_gap(places: list[float]) -> None:
-    moved = pictures.spread(places, gap=10, low=0, high=100)
+    moved = curves.spread(places, gap=10, low=0, high=100)
     order = sorted(range(len(places)), key=lambda index: (places[index], -index))
     for below, above in pairwise(order):
         assert moved[above] - moved[below] >= 10 - 1e-9
@@ -130,9 +130,9 @@ def test_spread_keeps_order_and_gap(places: list[float]) -> None:
 
 
 def test_spread_leaves_what_is_apart() -> None:
-    assert pictures.spread([50, 10, 30], gap=10, low=0, high=100) == [50, 10, 30]
-    assert pictures.spread([50, 50], gap=10, low=0, high=100) == [60, 50]
-    assert pictures.spread([99, 100], gap=10, low=0, high=100) == [90, 100]
+    assert curves.spread([50, 10, 30], gap=10, low=0, high=100) == [50, 10, 30]
+    assert curves.spread([50, 50], gap=10, low=0, high=100) == [60, 50]
+    assert curves.spread([99, 100], gap=10, low=0, high=100) == [90, 100]
 
 
 def linear(channels: int, classes: int, seed: int = 0) -> RobustModel:
@@ -164,23 +164,23 @@ def test_galleries_are_legible_and_small(name: str, tmp_path: Path) -> None:
     channels, height, width, classes, n, roles = CASES[name]
     models = {role: linear(channels, len(classes), seed) for seed, role in enumerate(roles)}
     x, y = images(n, channels, height, width), torch.arange(n) % len(classes)
-    with pictures._style():
-        figure = pictures.gallery_figure(pictures.shown(models, x, y, LINF), classes, LINF)
+    with drawing.style():
+        figure = gallery.gallery_figure(gallery.shown(models, x, y, LINF), classes, LINF)
         check_text(figure)
         words = said(figure)
     for word in ("linf 8/255", "PGD, 50 steps", "16 times", *(f"the {role}" for role in roles)):
         assert word in words
     assert words.count("✓") + words.count("✗") == min(6, n) * len(roles)
     path = tmp_path / "examples.png"
-    pictures.gallery(models, x, y, classes, LINF, path)
+    gallery.write_gallery(models, x, y, classes, LINF, path)
     assert opened(path).format == "PNG"
-    assert path.stat().st_size <= pictures.MAX_BYTES
+    assert path.stat().st_size <= drawing.MAX_BYTES
 
 
 @pytest.mark.parametrize("threat", [Threat("l2", 0.5), Threat("l1", 5), Threat("linf", 0)], ids=str)
 def test_galleries_of_every_threat(threat: Threat, tmp_path: Path) -> None:
     x, y = images(8, 1, 8, 8), torch.arange(8) % 4
-    pictures.gallery({"student": linear(1, 4)}, x, y, [*"abcd"], threat, tmp_path / "examples.png")
+    gallery.write_gallery({"student": linear(1, 4)}, x, y, [*"abcd"], threat, tmp_path / "examples.png")
     assert (tmp_path / "examples.png").exists()
 
 
@@ -188,7 +188,7 @@ def test_the_same_arguments_give_the_same_file(tmp_path: Path) -> None:
     models = {"teacher": linear(1, 4).train(), "student": linear(1, 4, 1)}
     x, y = images(8, 1, 8, 8), torch.arange(8) % 4
     for name in ("one.png", "two.png"):
-        pictures.gallery(models, x, y, [*"abcd"], LINF, tmp_path / name)
+        gallery.write_gallery(models, x, y, [*"abcd"], LINF, tmp_path / name)
         torch.rand(1)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert models["teacher"].training
@@ -198,7 +198,7 @@ def test_the_same_arguments_give_the_same_file(tmp_path: Path) -> None:
 def test_small_pixels_stay_whole(tmp_path: Path) -> None:
     x = (images(1, 1, 8, 8) > 0.5).float()
     model = linear(1, 2)
-    pictures.gallery({"student": model}, x, torch.tensor([0]), ["a", "b"], LINF, tmp_path / "examples.png")
+    gallery.write_gallery({"student": model}, x, torch.tensor([0]), ["a", "b"], LINF, tmp_path / "examples.png")
     drawn = opened(tmp_path / "examples.png").convert("L")
     left, top, side = 126 + 6, 88, 192 // 8
     for line in range(8):
@@ -231,32 +231,32 @@ def test_chosen_are_images_that_tell_something() -> None:
     x = level[:, None, None, None].expand(-1, 1, 8, 8).contiguous()
     y = torch.tensor([0, 0, 1, 1, 0, 0, 0, 1])  # the fifth is answered wrongly before any attack
     models = {"teacher": wrap(nn.Sequential(Brightness(0.5)), ["0"])}
-    found = pictures.shown(models, x, y, Threat("linf", 0.1), count=4)
+    found = gallery.shown(models, x, y, Threat("linf", 0.1), count=4)
     assert found.telling
     assert found.y.tolist() == [0, 0, 1, 1]
     assert found.x[:, 0, 0, 0].tolist() == pytest.approx([0.45, 0.44, 0.55, 0.56])
     assert found.attacked["teacher"].answer.tolist() == [1, 1, 0, 0]
-    assert not pictures.shown(models, x, y, Threat("linf", 0.1), count=5).telling
+    assert not gallery.shown(models, x, y, Threat("linf", 0.1), count=5).telling
 
 
 def test_rounds_take_the_best_of_each_class_first() -> None:
     labels, lacking = [0, 0, 1, 1, 2, 0], [1, 0, 0, 0, 2, 0]
-    assert pictures.rounds(labels, lacking, 3) == [1, 2, 4]
-    assert pictures.rounds(labels, lacking, 9) == [1, 2, 4, 3, 5, 0]
+    assert gallery.rounds(labels, lacking, 3) == [1, 2, 4]
+    assert gallery.rounds(labels, lacking, 9) == [1, 2, 4, 3, 5, 0]
 
 
 def test_words() -> None:
-    assert [pictures.percent(share) for share in (0.0, 0.204, 0.97, 0.996, 1.0)] == ["0%", "20%", "97%", ">99%", ">99%"]
-    assert pictures.shorten("twenty letters exact") == "twenty letters exact"
-    assert pictures.shorten("great white shark, man-eater") == "great white shark…"
-    assert pictures.shorten(" two\n lines ") == "two lines"
-    assert pictures.magnification([], Threat("linf", 0.2)) == 2.5
-    assert pictures.magnification([torch.full((1, 1, 8, 8), -0.01)], Threat("l2", 0.5)) == 50
-    assert pictures.magnification([torch.zeros(1, 1, 8, 8)], Threat("l2", 0.5)) == 1
+    assert [gallery.percent(share) for share in (0.0, 0.204, 0.97, 0.996, 1.0)] == ["0%", "20%", "97%", ">99%", ">99%"]
+    assert gallery.shorten("twenty letters exact") == "twenty letters exact"
+    assert gallery.shorten("great white shark, man-eater") == "great white shark…"
+    assert gallery.shorten(" two\n lines ") == "two lines"
+    assert gallery.magnification([], Threat("linf", 0.2)) == 2.5
+    assert gallery.magnification([torch.full((1, 1, 8, 8), -0.01)], Threat("l2", 0.5)) == 50
+    assert gallery.magnification([torch.zeros(1, 1, 8, 8)], Threat("l2", 0.5)) == 1
 
 
 def test_a_picture_that_cannot_get_small_is_still_a_picture() -> None:
     figure = Figure(figsize=(9, 9), dpi=50)
     figure.figimage(images(1, 3, 200, 200)[0].permute(1, 2, 0).numpy())
-    content = pictures._png(figure, [(50, (None, 2))])
+    content = drawing.png(figure, [(50, (None, 2))])
     assert Image.open(io.BytesIO(content)).width == 450

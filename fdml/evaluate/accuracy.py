@@ -56,9 +56,10 @@ def evaluate(
 
 
 def predictions(model: Model, x: Images, batch_size: int = 250) -> Labels:
-    """The answers of the model, as class indices (b,)."""
+    """The answers of the model, as class indices (b,); −1 where a logit is not a number, which is no answer."""
     with inference(model), torch.inference_mode():
-        return torch.cat([model(part).argmax(1) for part in _parts(x, batch_size)])
+        logits = torch.cat([model(part) for part in _parts(x, batch_size)])
+        return torch.where(logits.isnan().any(1), -1, logits.argmax(1))
 
 
 def interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -43,6 +43,9 @@ def build(
 
 
 def _backbone(architecture: str, channels: int, size: int, classes: int, options: dict) -> CNN | ResNet:
+    width = options.get("width", 1)
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise InputError(f"architecture {architecture!r}: width must be a whole number of at least 1, got {width!r}")
     wide = re.fullmatch(r"wrn-(\d{1,3})-(\d{1,2})", architecture)
     try:
         if architecture == "cnn":
