@@ -60,7 +60,10 @@ RECIPES: dict[str, Callable[[Recipe], Recipe]] = {
 
 
 def _digits() -> Recipe:
-    return Recipe(name="digits", eps=0.2, epochs=40, teacher_epochs=15, attack_steps=5, attack_step=0.5)
+    # The threat is coarse for 64 pixels and clean accuracy has room to spare: learning from a fifth beyond eps buys
+    # three points of robustness (docs/results.md).
+    inner = {"attack_steps": 5, "attack_step": 0.5, "attack_radius": 1.2}
+    return Recipe(name="digits", eps=0.2, epochs=30, teacher_epochs=15, **inner)
 
 
 def _small_grey() -> Recipe:
