@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
 import fdml
 from fdml.data import load as load_data
-from fdml.data.dataset import Arrays, DataSet
+from fdml.data.dataset import Arrays, DataSet, Files
 from fdml.errors import InputError, Stopped
 from fdml.guidance import Teacher
 from fdml.recipe import Recipe
@@ -156,6 +157,29 @@ def test_a_user_s_own_network_trains(digits: DataSet, tmp_path: Path) -> None:
         fdml.load(path)
     _, x, _ = digits.test.head(4).all()
     assert fdml.load(path, model=make())(x).shape == (4, 10)
+
+
+def test_the_cifar10_recipe_runs_on_a_cpu(tmp_path: Path) -> None:
+    """`resnet18` at its full width, a few steps; the images are made up, the recipe is not."""
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Arrays(images, torch.arange(4))
+    data = DataSet("cifar10", tuple("abcd"), split, split, split, fingerprint="0" * 64)
+    short = replace(recipe("fdml", "cifar10"), epochs=1, teacher_epochs=1, batch_size=2, attack_steps=1, val_steps=1)
+    rows = learn(short, data, tmp_path / "run")
+    assert [row["role"] for row in rows] == ["teacher", "student"]
+    assert fdml.read_card(tmp_path / "run" / "student.safetensors").architecture == "resnet18"
+
+
+def test_images_streamed_from_a_folder_train(digits: DataSet, tmp_path: Path) -> None:
+    """What does not fit into memory comes from worker processes, in the same order: the same losses."""
+    few = digits.train.head(96)
+    names = tuple(f"{index}.png" for index in range(96))
+    for name, image in zip(names, few.images, strict=True):
+        Image.fromarray(image[0].numpy()).save(tmp_path / name)
+    files = Files(tmp_path, names, few.labels, (1, 8, 8))
+    streamed = learn(tiny(batch_size=32), replace(digits, train=files), tmp_path / "streamed")
+    held = learn(tiny(batch_size=32), replace(digits, train=few), tmp_path / "held")
+    assert [row["loss"] for row in streamed] == pytest.approx([row["loss"] for row in held], rel=1e-5)
 
 
 def test_training_learns(digits: DataSet, tmp_path: Path) -> None:
