@@ -172,7 +172,7 @@ def fit(
                     raise Stopped(f"stopped in epoch {epoch + 1} of the {role}: go on with --resume", INTERRUPTED)
 
             position.epoch, position.step = epoch + 1, 0
-            means = position.means()
+            means = world.mean(position.means())
             check_finite(means, learner, position, role)
             if world.leads:
                 seconds = time.monotonic() - began

@@ -54,6 +54,14 @@ class World:
             return tensor
         return torch.cat(differentiable.all_gather(tensor.contiguous()))
 
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean of each value over the processes, all of which must call this with the same names."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return dict(zip(values, (total / self.size).tolist(), strict=True))
+
     def leave(self) -> None:
         """Ends the group; this process goes on alone."""
         if dist.is_initialized():
