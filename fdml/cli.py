@@ -57,11 +57,11 @@ def _root(
     "  fdml train --out runs/fdml-digits --resume"
 )
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A name from `fdml recipes`. [default: fdml]")] = None,
-    data: Annotated[str | None, typer.Option(help="A name from `fdml datasets`. [default: digits]")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A name from `fdml recipes`. (default: fdml)")] = None,
+    data: Annotated[str | None, typer.Option(help="A name from `fdml datasets`. (default: digits)")] = None,
     data_dir: DataDir = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels, for folder: and hf: data.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/RECIPE-DATA]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. (default: runs/RECIPE-DATA)")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="A model file to take as the teacher.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run folder stopped.")] = False,
