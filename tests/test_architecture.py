@@ -174,7 +174,6 @@ def test_reading_a_card_is_light() -> None:
     assert fresh(f"import sys, fdml; fdml.read_card, fdml.Card, fdml.InputError; {REPORT}") == "heavy: []\n"
 
 
-@pytest.mark.skipif(not (ROOT / "fdml" / "cli.py").exists(), reason="no fdml/cli.py yet")
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
 def test_help_is_light(arguments: list[str]) -> None:
     code = f"""

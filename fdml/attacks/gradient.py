@@ -215,16 +215,20 @@ def _climb(
     steps: int,
     step_size: float,
     objective: Objective,
+    kept: _Best | None = None,
 ) -> Images:
+    """The last point; ``kept`` sees every point before it, whose logits are there anyway."""
     for _ in range(steps):
-        _, _, grad = _look(model, x_adv, y, objective)
+        logits, _, grad = _look(model, x_adv, y, objective)
+        if kept is not None:
+            kept.see(x_adv, margin(logits, y))
         x_adv = threat.project(threat.ascend(x_adv, grad, step_size), x)
     return x_adv
 
 
 def _climb_best(
     model: Model,
-    x_adv: Images,
+    start: Images,
     x: Images,
     y: Labels,
     threat: Threat,
@@ -232,17 +236,10 @@ def _climb_best(
     step_size: float,
     objective: Objective,
 ) -> tuple[Images, PerImage]:
-    kept: _Best | None = None
-    for _ in range(steps):
-        logits, _, grad = _look(model, x_adv, y, objective)
-        if kept is None:
-            kept = _Best(x_adv, margin(logits, y))
-        else:
-            kept.see(x_adv, margin(logits, y))
-        x_adv = threat.project(threat.ascend(x_adv, grad, step_size), x)
-    assert kept is not None
+    kept = _Best(start, torch.full((len(start),), -torch.inf, dtype=start.dtype, device=start.device))
+    last = _climb(model, start, x, y, threat, steps, step_size, objective, kept)
     with torch.no_grad():
-        kept.see(x_adv, margin(model(x_adv), y))
+        kept.see(last, margin(model(last), y))
     return kept.x, kept.value
 
 
