@@ -39,14 +39,14 @@ def dlr(logits: Logits, y: Labels) -> PerImage:
 def kl_divergence(from_logits: Logits, to_logits: Logits) -> PerImage:
     """KL(p ‖ q) with p = softmax(from_logits), q = softmax(to_logits), summed over classes, per image.
 
-    The TRADES term (Zhang et al. 2019, eq. 5) is KL(S(x) ‖ S(x')): ``from_logits`` are those of the clean image.
+    The TRADES term (Zhang et al. 2019) is KL(S(x) ‖ S(x')): ``from_logits`` are those of the clean image.
     """
     log_p = F.log_softmax(from_logits, 1)
     return (log_p.exp() * (log_p - F.log_softmax(to_logits, 1))).sum(1)
 
 
 def boosted_cross_entropy(logits: Logits, y: Labels) -> PerImage:
-    """−log p_y − log(1 − max_{k≠y} p_k), per image (MART, Wang et al. 2020, eq. 7)."""
+    """−log p_y − log(1 − max_{k≠y} p_k), per image (MART, Wang et al. 2020)."""
     p = logits.softmax(1)
     wrong = p.scatter(1, y[:, None], 0.0).amax(1)
     return cross_entropy(logits, y) - torch.log(1.0001 - wrong)
@@ -103,7 +103,7 @@ def triplet(
     The anchor is the adversarial image and the positive its clean self. The negative is the hardest (nearest) of
     ``candidates`` whose label is ``confused``: the class that the anchor is, or is nearest to be, mistaken for. Where
     the candidates hold none, it is the hardest of any class but ``y``; where they hold none of these either, the
-    image's hinge is 0. TLA (Mao et al. 2019, eq. 3) with the confused class of AGKD-BML (Wang et al. 2021).
+    image's hinge is 0. TLA (Mao et al. 2019) with the confused class of AGKD-BML (Wang et al. 2021).
     """
     a, p, n = (F.normalize(features, dim=1, eps=1e-6) for features in (anchor, positive, candidates))
     similar = a @ n.T

@@ -29,9 +29,8 @@ class Progress:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(role, total=epochs * steps, losses="", speed="")
-        self._steps = steps
         self._images = 0
-        self._read = self._began = time.monotonic()
+        self._read = time.monotonic()
         self._epoch = 0
 
     def __enter__(self) -> "Progress":
