@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[1]
 # those of its own layer, but never in a circle.
 LAYERS = [
     {"errors"},
-    {"card", "files", "recipe", "recipes", "threat", "losses", "inference", "world"},
+    {"card", "files", "recipe", "recipes", "threat", "losses", "inference", "world", "randomness"},
     {"models", "attacks", "data"},
     {"checkpoint", "run", "runtime"},
     {"guidance", "objective", "adversary", "learner", "train", "progress"}
-    | {"evaluate", "certify", "report", "drawing", "curves", "gallery", "tables"},
+    | {"evaluate", "certify", "report", "drawing", "curves", "gallery", "tables", "surrogates"},
     {"export", "serve", "demo"},
     {"cli"},
     {"__main__"},

@@ -5,8 +5,9 @@ from typing import Protocol
 
 import torch
 
-from fdml.attacks.gradient import OBJECTIVES, apgd, fgsm, n_fgsm, pgd
-from fdml.attacks.gradient import Model as Model
+from fdml.attacks.gradient import apgd, fgsm, n_fgsm, pgd
+from fdml.attacks.objective import OBJECTIVES
+from fdml.attacks.objective import Model as Model
 from fdml.losses import Labels
 from fdml.threat import Images, Threat
 

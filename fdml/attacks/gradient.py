@@ -4,21 +4,13 @@ Each returns images inside the threat model and in [0, 1], and leaves the model'
 were. ``model`` is any callable from images (b, c, h, w) in [0, 1] to logits (b, classes).
 """
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
+from fdml.attacks.objective import Best, Model, Objective, look, objective_of
 from fdml.errors import InputError, unknown
 from fdml.inference import inference
-from fdml.losses import Labels, Logits, PerImage, cross_entropy, dlr, margin
+from fdml.losses import Labels, PerImage, cross_entropy, margin
 from fdml.threat import Images, Threat
-
-Model = Callable[[Tensor], Tensor]
-Objective = Callable[[Tensor, Tensor], Tensor]
-
-OBJECTIVES: dict[str, Objective] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
-"""What an attack ascends, per image, by name."""
 
 
 def fgsm(
@@ -35,7 +27,7 @@ def fgsm(
     step 1.25 eps from a random point, projected."""
     start = threat.random(x, generator) if random_start else x
     with inference(model):
-        _, _, grad = _look(model, start, y, _objective(objective))
+        _, _, grad = look(model, start, y, objective_of(objective))
     return threat.project(threat.ascend(start, grad, threat.eps * (1.25 if random_start else 1.0)), x)
 
 
@@ -59,7 +51,7 @@ def n_fgsm(
     if start is None:
         start = x + torch.empty_like(x).uniform_(-noise * threat.eps, noise * threat.eps, generator=generator)
     with inference(model):
-        _, _, grad = _look(model, start, y, cross_entropy)
+        _, _, grad = look(model, start, y, cross_entropy)
     return threat.ascend(start, grad, threat.eps).clamp_(0, 1)
 
 
@@ -93,7 +85,7 @@ def pgd(
     if keep not in ("best", "last"):
         raise unknown("keep", keep, ("best", "last"))
     step_size = 2.5 * threat.eps / steps if step_size is None else step_size
-    ascends = _objective(objective)
+    ascends = objective_of(objective)
     with inference(model):
         if start is None:
             start = threat.random(x, generator) if random_start else x
@@ -134,13 +126,13 @@ def apgd(
         raise InputError(f"steps must be at least 1, got {steps}")
     if threat.norm == "l1":
         raise InputError("apgd supports linf and l2, got l1")
-    ascends = _objective(objective)
+    ascends = objective_of(objective)
     interval = max(int(0.22 * steps), 1)
     shortest, shrink = max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
     with inference(model):
         x_adv = _apgd_start(x, threat, generator) if start is None else start
-        logits, value, grad = _look(model, x_adv, y, ascends)
-        kept = _Best(x_adv, margin(logits, y))
+        logits, value, grad = look(model, x_adv, y, ascends)
+        kept = Best(x_adv, margin(logits, y))
         # The point of highest objective so far, where a halved step restarts from.
         top, top_value, top_grad = x_adv.clone(), value.clone(), grad.clone()
         step = torch.full((len(x), 1, 1, 1), 2 * threat.eps, dtype=x.dtype, device=x.device)
@@ -157,7 +149,7 @@ def apgd(
                 with torch.no_grad():
                     kept.see(x_adv, margin(model(x_adv), y))
                 break
-            logits, value, grad = _look(model, x_adv, y, ascends)
+            logits, value, grad = look(model, x_adv, y, ascends)
             kept.see(x_adv, margin(logits, y))
             rises += value > last_value
             higher = value > top_value
@@ -176,36 +168,6 @@ def apgd(
     return kept.x
 
 
-class _Best:
-    """The point of largest margin seen so far, per image."""
-
-    def __init__(self, x: Images, value: PerImage) -> None:
-        self.x, self.value = x.clone(), value.clone()
-
-    def see(self, x: Images, value: PerImage) -> None:
-        better = value > self.value
-        self.x[better] = x[better]
-        self.value = torch.maximum(self.value, value)
-
-
-def _objective(objective: str | Objective) -> Objective:
-    if not isinstance(objective, str):
-        return objective
-    if objective not in OBJECTIVES:
-        raise unknown("objective", objective, OBJECTIVES)
-    return OBJECTIVES[objective]
-
-
-def _look(model: Model, x: Images, y: Labels, objective: Objective) -> tuple[Logits, PerImage, Images]:
-    """The logits, the objective and its gradient, each image's own: the sum over the batch keeps them apart."""
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = model(x)
-        value = objective(logits, y)
-        (grad,) = torch.autograd.grad(value.sum(), x)
-    return logits.detach(), value.detach(), grad
-
-
 def _climb(
     model: Model,
     x_adv: Images,
@@ -215,11 +177,11 @@ def _climb(
     steps: int,
     step_size: float,
     objective: Objective,
-    kept: _Best | None = None,
+    kept: Best | None = None,
 ) -> Images:
     """The last point; ``kept`` sees every point before it, whose logits are there anyway."""
     for _ in range(steps):
-        logits, _, grad = _look(model, x_adv, y, objective)
+        logits, _, grad = look(model, x_adv, y, objective)
         if kept is not None:
             kept.see(x_adv, margin(logits, y))
         x_adv = threat.project(threat.ascend(x_adv, grad, step_size), x)
@@ -236,7 +198,7 @@ def _climb_best(
     step_size: float,
     objective: Objective,
 ) -> tuple[Images, PerImage]:
-    kept = _Best(start, torch.full((len(start),), -torch.inf, dtype=start.dtype, device=start.device))
+    kept = Best(start, torch.full((len(start),), -torch.inf, dtype=start.dtype, device=start.device))
     last = _climb(model, start, x, y, threat, steps, step_size, objective, kept)
     with torch.no_grad():
         kept.see(last, margin(model(last), y))
