@@ -36,6 +36,18 @@ def dlr(logits: Logits, y: Labels) -> PerImage:
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> PerImage:
+    """−(z_y − z_target) / (z_(1) − (z_(3) + z_(4)) / 2), per image (Croce and Hein 2020, eq. 7).
+
+    With three classes the divisor is z_(1) − z_(3); with two, where none is informative, it is 1.
+    """
+    gap = logits.gather(1, target[:, None]).squeeze(1) - logits.gather(1, y[:, None]).squeeze(1)
+    if logits.shape[1] < 3:
+        return gap
+    top = logits.topk(min(4, logits.shape[1]), dim=1).values
+    return gap / (top[:, 0] - (top[:, 2] + top[:, -1]) / 2 + 1e-12)
+
+
 def kl_divergence(from_logits: Logits, to_logits: Logits) -> PerImage:
     """KL(p ‖ q) with p = softmax(from_logits), q = softmax(to_logits), summed over classes, per image.
 

@@ -48,6 +48,10 @@ class Streams:
         part._rows = rows[index]
         return part
 
+    def fork(self, ways: int) -> "Streams":
+        """``ways`` new streams an image, each its own: the first image's, then the second's, and so on."""
+        return Streams(self.bits((ways,)).flatten())
+
     def bits(self, shape: Sequence[int]) -> Int[Tensor, "b ..."]:
         """The next 64 random bits for each place of ``shape`` in each image: (b, *shape)."""
         count = math.prod(shape)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fdml.card import NORMS, threat_words
 from fdml.errors import InputError, unknown
+from fdml.randomness import Generator, normal, signs, uniform
 
 Images = Float[Tensor, "b c h w"]
 
@@ -52,19 +53,17 @@ class Threat:
             delta = _project_l1(delta, self.eps)
         return (x + delta).clamp_(0, 1)
 
-    def random(self, x: Images, generator: torch.Generator | None = None) -> Images:
+    def random(self, x: Images, generator: Generator = None) -> Images:
         """A random start. linf: uniform in the cube. l2: uniform in the ball. l1: Laplace direction, uniform radius."""
+        shape = x.shape[1:]
         if self.norm == "linf":
-            noise = torch.empty_like(x).uniform_(-self.eps, self.eps, generator=generator)
-            return (x + noise).clamp_(0, 1)
-        dims = x.shape[1:].numel()
-        radius = torch.empty(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).uniform_(generator=generator)
+            return (x + (2 * uniform(x, generator, *shape) - 1) * self.eps).clamp_(0, 1)
+        radius = uniform(x, generator, 1, 1, 1)
         if self.norm == "l2":
-            noise = torch.empty_like(x).normal_(generator=generator)
-            noise = noise / _l2(noise).clamp(min=1e-12) * radius ** (1 / dims)
+            noise = normal(x, generator, *shape)
+            noise = noise / _l2(noise).clamp(min=1e-12) * radius ** (1 / shape.numel())
         else:
-            noise = torch.empty_like(x).exponential_(generator=generator)
-            noise = noise * torch.empty_like(x).uniform_(-1, 1, generator=generator).sign_()
+            noise = -torch.log1p(-uniform(x, generator, *shape)) * signs(x, generator, *shape)
             noise = noise / noise.abs().sum((1, 2, 3), keepdim=True) * radius
         return (x + self.eps * noise).clamp_(0, 1)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fdml import data
-from fdml.attacks import ATTACKS, OBJECTIVES, Attack, apgd, fgsm, n_fgsm, pgd
+from fdml.attacks import ATTACKS, OBJECTIVES, Attack, apgd, apgd_targeted, fgsm, n_fgsm, pgd
 from fdml.errors import InputError
 from fdml.losses import margin
 from fdml.models import build
@@ -24,10 +24,14 @@ INSIDE: dict[str, Attack] = {
     "r-fgsm": partial(fgsm, random_start=True),
     "pgd": partial(pgd, steps=3),
     "pgd-restarts": partial(pgd, steps=2, restarts=3, objective="margin"),
+    "pgd-best": partial(pgd, steps=3, keep="best"),
+    "pgd-kl": partial(pgd, steps=3, objective="kl"),
     "pgd-last": partial(pgd, steps=3, keep="last"),
     "pgd-clean-start": partial(pgd, steps=3, random_start=False),
     "apgd-ce": partial(apgd, steps=12),
     "apgd-dlr": partial(apgd, steps=12, objective="dlr"),
+    "apgd-best": partial(apgd, steps=12, keep="best"),
+    "apgd-t": partial(apgd_targeted, steps=8, targets=2),
 }
 EVERY: dict[str, Attack] = {**INSIDE, "n-fgsm": n_fgsm}
 RADIUS: dict[str, float] = {"linf": 0.1, "l2": 0.5, "l1": 1.0}
@@ -119,12 +123,12 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 OPTIMAL: dict[str, Attack] = {
     "fgsm": fgsm,
     "fgsm-margin": partial(fgsm, objective="margin"),
-    "pgd": partial(pgd, steps=20, step_size=0.3),
-    "pgd-margin": partial(pgd, steps=20, step_size=0.3, objective="margin"),
-    "pgd-dlr": partial(pgd, steps=20, objective="dlr", random_start=False),
+    "pgd": partial(pgd, steps=20, step_size=0.3, keep="best"),
+    "pgd-margin": partial(pgd, steps=20, step_size=0.3, objective="margin", keep="best"),
+    "pgd-dlr": partial(pgd, steps=20, objective="dlr", random_start=False, keep="best"),
     "pgd-last": partial(pgd, steps=20, step_size=0.3, keep="last"),
-    "apgd": partial(apgd, steps=30),
-    "apgd-margin": partial(apgd, steps=30, objective="margin"),
+    "apgd": partial(apgd, steps=30, keep="best"),
+    "apgd-margin": partial(apgd, steps=30, objective="margin", keep="best"),
 }
 
 
@@ -166,7 +170,7 @@ def test_apgd_visits_the_points_of_the_published_algorithm(norm: str, objective:
         seen.append(images.detach().clone())
         return model(images)
 
-    found = apgd(watched, x, y, threat, steps=100, objective=objective, start=start)
+    found = apgd(watched, x, y, threat, steps=100, objective=objective, start=start, keep="best")
     assert len(seen) == 101
     for i in range(len(x)):
         points = algorithm_1(model, x[i : i + 1], y[i : i + 1], start[i : i + 1], norm, threat.eps, objective, 100)
@@ -396,7 +400,7 @@ def test_keeping_the_best_point_is_never_weaker_than_the_last(trained: Trained, 
     model, x, y = trained
     threat = Threat(norm, RADIUS[norm])
     run = partial(pgd, model, x, y, threat, steps=5, objective=objective, start=threat.random(x, seeded()))
-    best, last, start = run(), run(keep="last"), threat.random(x, seeded())
+    best, last, start = run(keep="best"), run(keep="last"), threat.random(x, seeded())
     assert (margins(model, best, y) >= margins(model, last, y) - 1e-5).all()
     assert (margins(model, best, y) >= margins(model, start, y) - 1e-5).all()
 
@@ -420,7 +424,7 @@ def test_more_steps_are_no_weaker(trained: Trained, attack: Callable, norm: str)
     model, x, y = trained
     reached = []
     for steps in (1, 5, 20):
-        x_adv = attack(model, x, y, Threat(norm, RADIUS[norm]), steps=steps, generator=seeded())
+        x_adv = attack(model, x, y, Threat(norm, RADIUS[norm]), steps=steps, keep="best", generator=seeded())
         reached.append(float(margins(model, x_adv, y).mean()))
     assert reached[0] < reached[1] < reached[2]
 
@@ -430,7 +434,8 @@ def test_iterating_beats_one_step_and_one_step_beats_noise(trained: Trained) -> 
     threat = Threat("linf", 0.1)
     noise = threat.random(x, seeded())
     one = fgsm(model, x, y, threat)
-    for many in (pgd(model, x, y, threat, steps=20), apgd(model, x, y, threat, steps=20)):
+    for attack in (pgd, apgd):
+        many = attack(model, x, y, threat, steps=20, keep="best")
         assert accuracy(model, many, y) <= accuracy(model, one, y) < accuracy(model, noise, y)
         assert margins(model, many, y).mean() > margins(model, one, y).mean() > margins(model, noise, y).mean()
 

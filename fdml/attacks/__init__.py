@@ -3,22 +3,22 @@
 from functools import partial
 from typing import Protocol
 
-import torch
-
-from fdml.attacks.gradient import apgd, fgsm, n_fgsm, pgd
+from fdml.attacks.apgd import apgd, apgd_targeted
+from fdml.attacks.gradient import fgsm, n_fgsm, pgd
 from fdml.attacks.objective import OBJECTIVES
 from fdml.attacks.objective import Model as Model
 from fdml.losses import Labels
+from fdml.randomness import Generator
 from fdml.threat import Images, Threat
 
-__all__ = ["ATTACKS", "OBJECTIVES", "Attack", "apgd", "fgsm", "n_fgsm", "pgd"]
+__all__ = ["ATTACKS", "OBJECTIVES", "Attack", "apgd", "apgd_targeted", "fgsm", "n_fgsm", "pgd"]
 
 
 class Attack(Protocol):
     """``attack(model, x, y, threat, generator=…) -> x_adv``, inside the threat model."""
 
     def __call__(
-        self, model: Model, x: Images, y: Labels, threat: Threat, *, generator: torch.Generator | None = None
+        self, model: Model, x: Images, y: Labels, threat: Threat, *, generator: Generator = None
     ) -> Images: ...
 
 

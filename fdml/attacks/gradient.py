@@ -1,4 +1,4 @@
-"""White-box attacks by the gradient of the input: FGSM and its random variants, PGD, APGD.
+"""White-box attacks by the gradient of the input: FGSM and its random variants, PGD.
 
 Each returns images inside the threat model and in [0, 1], and leaves the model's mode, statistics and ``.grad`` as they
 were. ``model`` is any callable from images (b, c, h, w) in [0, 1] to logits (b, classes).
@@ -6,10 +6,11 @@ were. ``model`` is any callable from images (b, c, h, w) in [0, 1] to logits (b,
 
 import torch
 
-from fdml.attacks.objective import Best, Model, Objective, look, objective_of
+from fdml.attacks.objective import Best, Model, Objective, answer, look, objective_of
 from fdml.errors import InputError, unknown
 from fdml.inference import inference
-from fdml.losses import Labels, PerImage, cross_entropy, margin
+from fdml.losses import Labels, Logits, PerImage, cross_entropy, kl_divergence, margin
+from fdml.randomness import Generator, take, uniform
 from fdml.threat import Images, Threat
 
 
@@ -21,7 +22,7 @@ def fgsm(
     *,
     objective: str | Objective = "ce",
     random_start: bool = False,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
 ) -> Images:
     """One step of length eps (Goodfellow et al. 2015, section 4); with ``random_start``, R-FGSM (Wong et al. 2020) of
     step 1.25 eps from a random point, projected."""
@@ -39,7 +40,7 @@ def n_fgsm(
     *,
     noise: float = 2.0,
     start: Images | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
 ) -> Images:
     """N-FGSM for training (de Jorge et al. 2022, algorithm 1): uniform noise of ``noise`` · eps, then one step of eps.
 
@@ -49,7 +50,7 @@ def n_fgsm(
     if threat.norm != "linf":
         raise InputError(f"n-fgsm is defined for linf only, got {threat.norm}")
     if start is None:
-        start = x + torch.empty_like(x).uniform_(-noise * threat.eps, noise * threat.eps, generator=generator)
+        start = x + (2 * uniform(x, generator, *x.shape[1:]) - 1) * (noise * threat.eps)
     with inference(model):
         _, _, grad = look(model, start, y, cross_entropy)
     return threat.ascend(start, grad, threat.eps).clamp_(0, 1)
@@ -65,152 +66,74 @@ def pgd(
     step_size: float | None = None,
     restarts: int = 1,
     objective: str | Objective = "ce",
+    target: Labels | None = None,
     random_start: bool = True,
     start: Images | None = None,
-    keep: str = "best",
-    generator: torch.Generator | None = None,
+    keep: str = "first",
+    generator: Generator = None,
 ) -> Images:
     """Projected gradient ascent (Madry et al. 2018, section 2.1).
 
-    ``step_size`` is in pixel units of the norm (default 2.5 · eps / steps). ``keep="best"`` returns, per image, the
-    point of largest margin among every point visited in every restart, the last one included: an image that was fooled
-    anywhere is returned fooled. ``keep="last"`` returns the last point without looking at its answer, one forward pass
-    less: for training. Restarts after the first are spent only on images that are not fooled yet. ``start`` replaces
-    the random start of the first restart.
+    ``step_size`` is in pixel units of the norm (default 2.5 · eps / steps). ``objective`` is ``ce``, ``margin``, ``dlr``,
+    ``kl`` (from the model's own answer to x, as TRADES attacks) or a function of logits and labels. With ``target`` it is
+    the target's loss that descends, and an image is fooled once it is answered as its target.
 
-    Raises ``InputError`` for steps or restarts below 1, an unknown objective or keep.
+    ``keep="first"`` lets an image go once it is fooled; one that never is comes back at its point of largest margin, so
+    that no step or restart makes the attack weaker. ``keep="best"`` goes on, for the largest margin of all points
+    visited. ``keep="last"`` returns the last point without looking at its answer, one forward pass less: for training.
+    Restarts after the first are spent on images that are not fooled yet. ``start`` replaces the random start of the first.
+
+    Raises ``InputError`` for steps or restarts below 1, a step size that is not positive, an unknown objective or keep.
     """
     if steps < 1 or restarts < 1:
         raise InputError(f"steps and restarts must be at least 1, got steps={steps}, restarts={restarts}")
-    if keep not in ("best", "last"):
-        raise unknown("keep", keep, ("best", "last"))
+    if keep not in ("first", "best", "last"):
+        raise unknown("keep", keep, ("first", "best", "last"))
     step_size = 2.5 * threat.eps / steps if step_size is None else step_size
-    ascends = objective_of(objective)
+    if not 0 <= step_size < float("inf"):
+        raise InputError(f"step_size must be a finite number of at least 0, in pixel units, got {step_size}")
+    if objective == "kl" and target is not None:
+        raise InputError(
+            "the kl objective leaves the clean answer, it cannot approach a target: take ce, margin or dlr"
+        )
+    labels = y if target is None else target
     with inference(model):
+        ascends, reference = (_kl_from, answer(model, x)) if objective == "kl" else (objective_of(objective), labels)
+        fooled: Objective = margin
+        if target is not None:
+            ascends, fooled = _negative(ascends), _negative(margin)
         if start is None:
             start = threat.random(x, generator) if random_start else x
         if keep == "last":
-            return _climb(model, start, x, y, threat, steps, step_size, ascends)
-        best, best_margin = _climb_best(model, start, x, y, threat, steps, step_size, ascends)
-        for _ in range(restarts - 1):
-            left = (best_margin <= 0).nonzero().squeeze(1)
-            if not len(left):
-                break
-            start = threat.random(x[left], generator)
-            found, found_margin = _climb_best(model, start, x[left], y[left], threat, steps, step_size, ascends)
-            better = found_margin > best_margin[left]
-            best[left[better]] = found[better]
-            best_margin[left[better]] = found_margin[better]
-    return best
+            for _ in range(steps):
+                start = threat.project(threat.ascend(start, look(model, start, reference, ascends)[2], step_size), x)
+            return start
+        best = Best(start)
+        rows = torch.arange(len(x), device=x.device)
+        for restart in range(restarts):
+            if restart:
+                rows = (best.value <= 0).nonzero().squeeze(1)
+                start = threat.random(x[rows], take(generator, rows))
+            state = [rows, start, x[rows], labels[rows], reference[rows]]
+            for step in range(steps + 1):
+                if not len(state[0]):
+                    break
+                rows, x_adv, clean, label, compared = state
+                if step == steps:
+                    best.see(rows, x_adv, fooled(answer(model, x_adv), label))
+                    break
+                logits, _, grad = look(model, x_adv, compared, ascends)
+                value = fooled(logits, label)
+                best.see(rows, x_adv, value)
+                state = [rows, threat.project(threat.ascend(x_adv, grad, step_size), clean), clean, label, compared]
+                if keep == "first" and bool((value > 0).any()):
+                    state = [tensor[value <= 0] for tensor in state]
+    return best.x
 
 
-def apgd(
-    model: Model,
-    x: Images,
-    y: Labels,
-    threat: Threat,
-    *,
-    steps: int = 100,
-    objective: str | Objective = "ce",
-    start: Images | None = None,
-    generator: torch.Generator | None = None,
-) -> Images:
-    """Auto-PGD: momentum, and a step that halves where the objective stops growing (Croce and Hein 2020, alg. 1).
-
-    Constants are the paper's: first step 2 eps, momentum 0.75, rho 0.75, checkpoints at 22% of the steps and then at
-    intervals shrinking by 3% down to 6%. Returns, per image, the point of largest margin among those visited.
-
-    Raises ``InputError`` for steps below 1, an unknown objective, and the l1 norm.
-    """
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}")
-    if threat.norm == "l1":
-        raise InputError("apgd supports linf and l2, got l1")
-    ascends = objective_of(objective)
-    interval = max(int(0.22 * steps), 1)
-    shortest, shrink = max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
-    with inference(model):
-        x_adv = _apgd_start(x, threat, generator) if start is None else start
-        logits, value, grad = look(model, x_adv, y, ascends)
-        kept = Best(x_adv, margin(logits, y))
-        # The point of highest objective so far, where a halved step restarts from.
-        top, top_value, top_grad = x_adv.clone(), value.clone(), grad.clone()
-        step = torch.full((len(x), 1, 1, 1), 2 * threat.eps, dtype=x.dtype, device=x.device)
-        previous, rises = x_adv, torch.zeros_like(value)
-        value_at_check, halved = top_value.clone(), torch.ones_like(value, dtype=torch.bool)
-        since_check = 0
-        for index in range(steps):
-            moved, previous = x_adv - previous, x_adv
-            ahead = threat.project(x_adv + step * threat.ascend(torch.zeros_like(grad), grad, 1.0), x)
-            mix = 0.75 if index else 1.0
-            x_adv = threat.project(x_adv + mix * (ahead - x_adv) + (1 - mix) * moved, x)
-            last_value = value
-            if index == steps - 1:
-                with torch.no_grad():
-                    kept.see(x_adv, margin(model(x_adv), y))
-                break
-            logits, value, grad = look(model, x_adv, y, ascends)
-            kept.see(x_adv, margin(logits, y))
-            rises += value > last_value
-            higher = value > top_value
-            top[higher], top_grad[higher] = x_adv[higher], grad[higher]
-            top_value = torch.maximum(top_value, value)
-            since_check += 1
-            if since_check == interval:
-                stuck = ~halved & (value_at_check >= top_value)
-                halved = (rises <= 0.75 * interval) | stuck
-                value_at_check = top_value.clone()
-                step[halved] /= 2
-                x_adv = torch.where(halved[:, None, None, None], top, x_adv)
-                grad = torch.where(halved[:, None, None, None], top_grad, grad)
-                rises.zero_()
-                since_check, interval = 0, max(interval - shrink, shortest)
-    return kept.x
+def _kl_from(logits: Logits, clean: Logits) -> PerImage:
+    return kl_divergence(clean, logits)
 
 
-def _climb(
-    model: Model,
-    x_adv: Images,
-    x: Images,
-    y: Labels,
-    threat: Threat,
-    steps: int,
-    step_size: float,
-    objective: Objective,
-    kept: Best | None = None,
-) -> Images:
-    """The last point; ``kept`` sees every point before it, whose logits are there anyway."""
-    for _ in range(steps):
-        logits, _, grad = look(model, x_adv, y, objective)
-        if kept is not None:
-            kept.see(x_adv, margin(logits, y))
-        x_adv = threat.project(threat.ascend(x_adv, grad, step_size), x)
-    return x_adv
-
-
-def _climb_best(
-    model: Model,
-    start: Images,
-    x: Images,
-    y: Labels,
-    threat: Threat,
-    steps: int,
-    step_size: float,
-    objective: Objective,
-) -> tuple[Images, PerImage]:
-    kept = Best(start, torch.full((len(start),), -torch.inf, dtype=start.dtype, device=start.device))
-    last = _climb(model, start, x, y, threat, steps, step_size, objective, kept)
-    with torch.no_grad():
-        kept.see(last, margin(model(last), y))
-    return kept.x, kept.value
-
-
-def _apgd_start(x: Images, threat: Threat, generator: torch.Generator | None) -> Images:
-    """The reference's start: a random direction scaled to the boundary of the ball, clipped to [0, 1]."""
-    if threat.norm == "linf":
-        noise = torch.empty_like(x).uniform_(-1, 1, generator=generator)
-        scale = noise.abs().flatten(1).amax(1)
-    else:
-        noise = torch.empty_like(x).normal_(generator=generator)
-        scale = noise.flatten(1).norm(dim=1)
-    return (x + threat.eps * noise / scale[:, None, None, None]).clamp_(0, 1)
+def _negative(objective: Objective) -> Objective:
+    return lambda logits, y: -objective(logits, y)

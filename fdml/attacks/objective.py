@@ -26,8 +26,16 @@ def objective_of(objective: str | Objective) -> Objective:
     return OBJECTIVES[objective]
 
 
+CHUNK = 64
+"""Images that a CPU looks at together: more no longer fit its caches (docs/results.md)."""
+
+
 def look(model: Model, x: Images, y: Tensor, objective: Objective) -> tuple[Logits, PerImage, Images]:
     """The logits, the objective and its gradient, each image's own: the sum over the batch keeps them apart."""
+    if len(x) > CHUNK and x.device.type == "cpu":
+        parts = [look(model, part, other, objective) for part, other in zip(*_parts(x, y), strict=True)]
+        logits, value, grad = (torch.cat(found) for found in zip(*parts, strict=True))
+        return logits, value, grad
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x)
@@ -36,15 +44,28 @@ def look(model: Model, x: Images, y: Tensor, objective: Objective) -> tuple[Logi
     return logits.detach(), value.detach(), grad
 
 
+def answer(model: Model, x: Images) -> Logits:
+    """The logits alone, without a graph."""
+    with torch.no_grad():
+        if len(x) > CHUNK and x.device.type == "cpu":
+            return torch.cat([model(part) for part in _parts(x)[0]])
+        return model(x)
+
+
+def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each tensor in the fewest parts of at most ``CHUNK`` rows, all of about one size."""
+    return [tensor.tensor_split(-(-len(tensor) // CHUNK)) for tensor in tensors]
+
+
 class Best:
     """The point of largest value seen so far, per image."""
 
-    def __init__(self, x: Images, value: PerImage) -> None:
-        self.x, self.value = x.clone(), value.clone()
+    def __init__(self, x: Images) -> None:
+        self.x = x.clone()
+        self.value = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
 
-    def see(self, x: Images, value: PerImage) -> None:
-        """Keeps ``x`` where its value is the largest so far."""
-        better = value > self.value
-        self.x[better] = x[better]
-        self.value = torch.maximum(self.value, value)
-
+    def see(self, rows: Tensor, x: Images, value: PerImage) -> None:
+        """Keeps ``x``, a candidate for each of the images ``rows``, where its value is the largest so far."""
+        better = value > self.value[rows]
+        rows = rows[better]
+        self.x[rows], self.value[rows] = x[better], value[better]

@@ -2,8 +2,9 @@
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fdml.models.conv import convolution
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -57,9 +58,12 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             return self.norm(self.conv(x))
+        return convolution(x, *self.folded(), self.conv.stride, self.conv.padding)  # pyright: ignore[reportArgumentType]
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(weight, bias) of the convolution that the unit is in inference."""
         scale, shift = self.norm.affine_of_inference()
-        weight = self.conv.weight * scale[:, None, None, None]
-        return F.conv2d(x, weight, shift, self.conv.stride, self.conv.padding)
+        return self.conv.weight * scale[:, None, None, None], shift
 
 
 class _AllSum(torch.autograd.Function):
