@@ -78,7 +78,7 @@ def one(
     import torch
     from rich.console import Console
 
-    from fdml.attacks import ATTACKS
+    from fdml.attacks import CLOSING
     from fdml.checkpoint import load as load_model
     from fdml.data import load
     from fdml.evaluate import evaluate
@@ -118,7 +118,7 @@ def one(
 
     _, x, y = (images.val if split == "val" else images.test).head(limit).all()
     x = x.contiguous(memory_format=torch.channels_last)
-    attacks = {attack: ATTACKS[attack] for attack in ("fgsm", "pgd20", "apgd50-ce", "apgd50-dlr")}
+    attacks = {attack: CLOSING[attack] for attack in ("fgsm", "pgd20", "apgd50-ce", "apgd50-dlr")}
     model = load_model(run.model(role, "last"))
     shares = evaluate(model, x, y, Threat(chosen.norm, chosen.eps), attacks, seed=seed).shares()
     found = {"row": name, "seed": seed, "split": split, "n": len(y), "seconds": seconds, "cpu_seconds": cpu, **shares}

@@ -5,9 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fdml import losses
 from fdml.attacks import n_fgsm, pgd
-from fdml.inference import inference
 from fdml.recipe import Recipe
 from fdml.threat import Threat
 
@@ -39,14 +37,7 @@ def _attack(
 ) -> Tensor:
     if recipe.attack == "n-fgsm":
         return n_fgsm(model, x, y, threat, start=start)
-    ascends = losses.cross_entropy
-    if recipe.base == "trades":
-        with inference(model), torch.no_grad():
-            clean = model(x)
-
-        def ascends(logits: Tensor, y: Tensor) -> Tensor:
-            return losses.kl_divergence(clean, logits)
-
     step_size = recipe.attack_step * threat.eps
     steps = recipe.attack_steps
-    return pgd(model, x, y, threat, steps=steps, step_size=step_size, objective=ascends, start=start, keep="last")
+    objective = "kl" if recipe.base == "trades" else "ce"
+    return pgd(model, x, y, threat, steps=steps, step_size=step_size, objective=objective, start=start, keep="last")

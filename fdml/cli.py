@@ -26,6 +26,9 @@ _EXTRAS = {
     "torch": "train",
     "safetensors": "train",
     "jaxtyping": "train",
+    "jinja2": "train",
+    "filelock": "train",
+    "onnxruntime": "cpu",
     "sklearn": "train",
     "scipy": "train",
     "matplotlib": "train",
@@ -97,6 +100,137 @@ def train(
     )
     if as_json and summary:
         print(json.dumps(summary))
+
+
+@app.command(
+    epilog="Examples:  fdml evaluate runs/fdml-digits  |  fdml evaluate A.safetensors B.safetensors --suite quick  |"
+    "  fdml evaluate model.onnx --data digits --eps 0.2 --attack square"
+)
+def evaluate(
+    models: Annotated[
+        list[Path], typer.Argument(help="Model files, ONNX files, bundles or run folders, side by side.")
+    ],
+    suite: Annotated[str, typer.Option(help="quick (minutes), standard (AutoAttack and more) or full.")] = "standard",
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(help="white, gray, transfer, query, black or control; repeat it. (default: the suite's)"),
+    ] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="Run these attacks alone: names from `fdml attacks`; repeat it.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="A name from `fdml datasets`. (default: the first model's)")] = None,
+    data_dir: DataDir = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels, for folder: and hf: data.")] = None,
+    norm: Annotated[str | None, typer.Option(help="linf, l2 or l1. (default: the first model's threat)")] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="In pixel units, such as 8/255. (default: the model's threat)")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many test images.")] = 1000,
+    out: Annotated[Path | None, typer.Option(help="Report folder. (default: runs/evaluate-MODEL)")] = None,
+    surrogate: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="A model of the attacker's, by a name of `gray-…`.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the attacks' random numbers.")] = 0,
+    rng: Annotated[str, typer.Option(help="image: a stream an image; reference: the published code's.")] = "image",
+    adversarial: Annotated[bool, typer.Option("--adversarial", help="Also write adversarial-MODEL.npz.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the report folder stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the evaluation in the folder.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Attack models on test images, and report what stands."""
+    from fdml.evaluate.target import target
+
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: go on with the evaluation, or replace it")
+    given = {}
+    for one in surrogate or []:
+        name, equals, file = one.partition("=")
+        if not equals or not name or not file:
+            raise InputError(f"--surrogate {one!r}: write NAME=FILE, for example gray-teacher=teacher.safetensors")
+        given[name] = Path(file)
+    threat, name = target(models[0], norm, eps, data)
+
+    from fdml.data import load
+    from fdml.judge import judge
+
+    loaded = load(name, data_dir=data_dir, size=size)
+    report = judge(
+        models,
+        loaded,
+        threat,
+        out or Path("runs") / f"evaluate-{_slug(models[0].stem)}",
+        suite=suite,
+        protocols=protocol or (),
+        attacks=attack or (),
+        limit=limit,
+        seed=seed,
+        rng=rng,
+        given=given,
+        adversarial=adversarial,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+        console=None if as_json else _console(),
+    )
+    if as_json and report:
+        print(json.dumps(report))
+
+
+@app.command(
+    epilog="Examples:  fdml attack runs/fdml-digits/student.safetensors digit.png  |"
+    "  fdml attack model.safetensors *.png --attack square --eps 8/255 --out crafted"
+)
+def attack(
+    model: Annotated[Path, typer.Argument(help="A .safetensors file of `fdml train`.")],
+    images: Annotated[list[Path], typer.Argument(help="PNG, JPEG, WebP or BMP files.")],
+    name: Annotated[str, typer.Option("--attack", help="A name from `fdml attacks`.")] = "apgd-ce",
+    label: Annotated[
+        str | None, typer.Option(help="The true class of the images. (default: the model's answer)")
+    ] = None,
+    norm: Annotated[str | None, typer.Option(help="linf, l2 or l1. (default: the model's threat)")] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="In pixel units, such as 8/255. (default: the model's threat)")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the adversarial images.")] = Path("adversarial"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the attack's random numbers.")] = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Make adversarial images of pictures."""
+    from dataclasses import asdict
+
+    from fdml.evaluate.target import target
+
+    threat, _ = target(model, norm, eps, None)
+
+    from fdml.craft import craft
+
+    found = craft(model, images, threat, out, attack=name, label=label, seed=seed, device=device)
+    if as_json:
+        print(json.dumps([asdict(one) for one in found]))
+        return
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    table = Table("image", "answer", "answer under attack", Column("distance", justify="right"), "picture")
+    for one in found:
+        was, now = (
+            Text(f"{answer} {100 * p:.1f}%")
+            for answer, p in ((one.before, one.before_probability), (one.after, one.after_probability))
+        )
+        now.stylize("red" if one.fooled else "green")
+        table.add_row(Text(one.image), was, now, f"{one.distance:.4g}", Text(one.picture))
+    _console().print(table)
+    _console().print(f"{sum(one.fooled for one in found)} of {len(found)} fooled by {name} inside {threat}")
+
+
+@app.command(epilog="Example:  fdml evaluate runs/fdml-digits --attack autoattack")
+def attacks(as_json: Json = False) -> None:
+    """List the attacks."""
+    from fdml.evaluate.suites import describe
+
+    _listing(describe(), as_json)
 
 
 @app.command(epilog="Example:  fdml predict runs/fdml-digits/student.safetensors digit.png --top 3")

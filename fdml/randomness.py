@@ -1,7 +1,7 @@
 """Random numbers for attacks: a stream of its own for every image, so that company changes no image's outcome.
 
-An attack takes ``generator``: ``Streams``, a ``torch.Generator`` (one stream for the batch, in the order of its images),
-or None (torch's global stream), and draws with the functions of this module, which serve all three.
+An attack takes ``generator``: ``Streams``, a ``torch.Generator`` (one stream for the batch, in the order of its
+images), or None (torch's global stream), and draws with the functions of this module, which serve all three.
 """
 
 import hashlib

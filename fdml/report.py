@@ -9,12 +9,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from fdml.attacks import ATTACKS, Attack, Model
+from fdml.attacks import CLOSING, Attack, Model
 from fdml.data.dataset import DataSet
 from fdml.evaluate import evaluate, interval
 from fdml.files import write_whole
 from fdml.losses import Labels
-from fdml.models import RobustModel
+from fdml.models import Frozen, RobustModel
+from fdml.randomness import Generator
 from fdml.recipe import Recipe
 from fdml.run import Run
 from fdml.tables import LABELS, closing_table
@@ -46,8 +47,8 @@ def write_report(
     x = x.contiguous(memory_format=torch.channels_last)
     accuracies: dict[str, dict[str, float]] = {}
     for role, model in models.items():
-        with watched(ATTACKS, role, console) as attacks:
-            accuracies[role] = evaluate(model, x, y, threat, attacks, seed=recipe.seed).shares()
+        with watched(CLOSING, role, console) as attacks:
+            accuracies[role] = evaluate(Frozen(model), x, y, threat, attacks, seed=recipe.seed).shares()
     summary = summarise(recipe, data, threat, accuracies, n=len(y), seconds=time.monotonic() - began)
     # The numbers first: nothing that befalls a picture loses them.
     write_whole(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -100,9 +101,7 @@ def watched(attacks: Mapping[str, Attack], role: str, console: Console) -> Itera
 
 
 def _announced(name: str, place: int, attack: Attack, bar: Progress, task: TaskID) -> Attack:
-    def announced(
-        model: Model, x: Images, y: Labels, threat: Threat, *, generator: torch.Generator | None = None
-    ) -> Images:
+    def announced(model: Model, x: Images, y: Labels, threat: Threat, *, generator: Generator = None) -> Images:
         bar.update(task, completed=place, attack=LABELS.get(name, name))
         return attack(model, x, y, threat, generator=generator)
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"models", "attacks", "data"},
     {"checkpoint", "run", "runtime"},
     {"guidance", "objective", "adversary", "learner", "train", "progress"}
-    | {"evaluate", "certify", "report", "drawing", "curves", "gallery", "tables", "surrogates"},
+    | {"evaluate", "certify", "report", "drawing", "curves", "gallery", "tables", "surrogates", "judge", "craft"},
     {"export", "serve", "demo"},
     {"cli"},
     {"__main__"},

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import fdml
-from fdml.attacks import ATTACKS
+from fdml.attacks import CLOSING
 from fdml.card import FORMAT, KEY, Card
 from fdml.cli import app, main
 from fdml.data import CATALOGUE
@@ -66,7 +66,7 @@ def sets(changes: dict) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_attacks() -> Iterator[None]:
-    with patch("fdml.report.ATTACKS", {name: ATTACKS[name] for name in ("fgsm", "pgd20")}):
+    with patch("fdml.report.CLOSING", {name: CLOSING[name] for name in ("fgsm", "pgd20")}):
         yield
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fdml.attacks import ATTACKS
+from fdml.attacks import CLOSING
 from fdml.data.dataset import Arrays, DataSet
 from fdml.evaluate import interval
 from fdml.models import RobustModel, build
@@ -107,7 +107,7 @@ def test_the_summary_holds_what_machines_read(tmp_path: Path) -> None:
     assert 5 < written["seconds"] < 300
     for role in ("teacher", "student"):
         shares = {name: share for name, share in written[role].items() if name != "intervals"}
-        assert set(shares) == {"clean", *ATTACKS, "worst"} == set(LABELS)
+        assert set(shares) == {"clean", *CLOSING, "worst"} == set(LABELS)
         assert all(0 <= share <= 1 for share in shares.values())
         assert all(shares["worst"] <= share <= shares["clean"] for share in shares.values())
         for name, (low, high) in written[role]["intervals"].items():

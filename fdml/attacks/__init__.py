@@ -1,17 +1,33 @@
-"""Attacks: functions over any callable from images in [0, 1] to logits, and the dict of their names."""
+"""Attacks: functions over any callable from images in [0, 1] to logits, and the dicts of their names."""
 
 from functools import partial
 from typing import Protocol
 
+from fdml.attacks.alma import alma
 from fdml.attacks.apgd import apgd, apgd_targeted
+from fdml.attacks.controls import noise, spatial
+from fdml.attacks.cw import cw
+from fdml.attacks.decision import hopskipjump
+from fdml.attacks.deepfool import deepfool
+from fdml.attacks.estimate import nes, spsa
+from fdml.attacks.fab import fab
+from fdml.attacks.feature import feature, metric
+from fdml.attacks.fmn import fmn
 from fdml.attacks.gradient import fgsm, n_fgsm, pgd
 from fdml.attacks.objective import OBJECTIVES
 from fdml.attacks.objective import Model as Model
+from fdml.attacks.square import square
+from fdml.attacks.transfer import di_ti, mi_fgsm
+from fdml.attacks.within import within
 from fdml.losses import Labels
 from fdml.randomness import Generator
 from fdml.threat import Images, Threat
 
-__all__ = ["ATTACKS", "OBJECTIVES", "Attack", "apgd", "apgd_targeted", "fgsm", "n_fgsm", "pgd"]
+__all__ = [
+    "ATTACKS", "CLOSING", "FEATURES", "OBJECTIVES", "QUERIES", "Attack", "alma", "apgd", "apgd_targeted", "cw",
+    "deepfool", "di_ti", "fab", "feature", "fgsm", "fmn", "hopskipjump", "metric", "mi_fgsm", "n_fgsm", "nes", "noise",
+    "pgd", "spatial", "spsa", "square", "within",
+]  # fmt: skip
 
 
 class Attack(Protocol):
@@ -22,11 +38,53 @@ class Attack(Protocol):
     ) -> Images: ...
 
 
-ATTACKS: dict[str, Attack] = {
+def _spatial(model: Model, x: Images, y: Labels, threat: Threat, *, generator: Generator = None) -> Images:
+    # In the shape of an attack: it draws nothing, and leaves every threat model by design.
+    return spatial(model, x, y)
+
+
+CLOSING: dict[str, Attack] = {
     "fgsm": fgsm,
     "pgd20": partial(pgd, steps=20),
     "pgd50x3": partial(pgd, steps=50, restarts=3),
     "apgd50-ce": partial(apgd, steps=50, objective="ce"),
     "apgd50-dlr": partial(apgd, steps=50, objective="dlr"),
 }
-"""The attacks of the closing table, weakest first."""
+"""The attacks of the closing table of a training run, weakest first."""
+
+ATTACKS: dict[str, Attack] = {
+    **CLOSING,
+    "r-fgsm": partial(fgsm, random_start=True),
+    "pgd100x5": partial(pgd, steps=100, restarts=5),
+    "cw": partial(pgd, steps=50, objective="margin"),
+    "cw-l2": within(cw),
+    "deepfool": within(deepfool),
+    "apgd-ce": partial(apgd, steps=100, objective="ce"),
+    "apgd-dlr": partial(apgd, steps=100, objective="dlr"),
+    "apgd-t": partial(apgd_targeted, steps=100, targets=9),
+    "apgd-t3": partial(apgd_targeted, steps=100, targets=3),
+    "fab-t": within(partial(fab, steps=100, targets=9, search=0)),
+    "square": partial(square, budget=5000),
+    "square1000": partial(square, budget=1000),
+    "nes": partial(nes, budget=5000),
+    "spsa": partial(spsa, budget=5000),
+    "hopskipjump": within(partial(hopskipjump, budget=5000)),
+    "mi-fgsm": partial(mi_fgsm, steps=20),
+    "di-ti": partial(di_ti, steps=20),
+    "pgd50-transfer": partial(pgd, steps=50, keep="best"),
+    "feature-all": feature,
+    "feature+ce": partial(feature, mix="ce"),
+    "feature+dlr": partial(feature, mix="dlr"),
+    "metric": metric,
+    "metric+ce": partial(metric, mix="ce"),
+    "metric+dlr": partial(metric, mix="dlr"),
+    "noise": noise,
+    "spatial": _spatial,
+}
+"""Every attack that an evaluation can run, by name, at the budget that the name stands for."""
+
+QUERIES = ("square", "square1000", "nes", "spsa", "hopskipjump")
+"""Those that ask for answers alone; they take ``queries``, a count an image."""
+
+FEATURES = ("feature-all", "feature+ce", "feature+dlr", "metric", "metric+ce", "metric+dlr")
+"""Those that look into the model: it must have ``outputs``, and they take ``guides`` and ``guide_y``."""

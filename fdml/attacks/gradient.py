@@ -74,14 +74,15 @@ def pgd(
 ) -> Images:
     """Projected gradient ascent (Madry et al. 2018, section 2.1).
 
-    ``step_size`` is in pixel units of the norm (default 2.5 · eps / steps). ``objective`` is ``ce``, ``margin``, ``dlr``,
-    ``kl`` (from the model's own answer to x, as TRADES attacks) or a function of logits and labels. With ``target`` it is
-    the target's loss that descends, and an image is fooled once it is answered as its target.
+    ``step_size`` is in pixel units of the norm (default 2.5 · eps / steps). ``objective`` is ``ce``, ``margin``,
+    ``dlr``, ``kl`` (from the model's own answer to x, as TRADES attacks) or a function of logits and labels. With
+    ``target`` it is the target's loss that descends, and an image is fooled once it is answered as its target.
 
     ``keep="first"`` lets an image go once it is fooled; one that never is comes back at its point of largest margin, so
     that no step or restart makes the attack weaker. ``keep="best"`` goes on, for the largest margin of all points
     visited. ``keep="last"`` returns the last point without looking at its answer, one forward pass less: for training.
-    Restarts after the first are spent on images that are not fooled yet. ``start`` replaces the random start of the first.
+    Restarts after the first are spent on images that are not fooled yet. ``start`` replaces the random start of the
+    first.
 
     Raises ``InputError`` for steps or restarts below 1, a step size that is not positive, an unknown objective or keep.
     """

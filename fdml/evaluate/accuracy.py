@@ -10,6 +10,7 @@ from torch import Tensor
 from fdml.attacks import Attack, Model
 from fdml.inference import inference
 from fdml.losses import Labels
+from fdml.randomness import Streams
 from fdml.threat import Images, Threat
 
 
@@ -38,15 +39,15 @@ def evaluate(
 ) -> Accuracy:
     """Runs every attack on every image that the model answers rightly; one answered wrongly counts as fallen.
 
-    ``tick`` is called after each attack of each batch. Each attack draws from a generator of its own, so that adding
-    one changes no other.
+    ``tick`` is called after each attack of each batch. Each image has a stream of random numbers for each attack, so
+    that neither the batch size nor another attack changes its outcome.
     """
     standing = {"clean": predictions(model, x, batch_size) == y}
     right = standing["clean"].nonzero().squeeze(1)
     for name, attack in attacks.items():
-        generator = torch.Generator(x.device).manual_seed(seed)
         stands = torch.zeros_like(standing["clean"])
         for index in right.split(batch_size):
+            generator = Streams.of(index, seed, name)
             x_adv = attack(model, x[index], y[index], threat, generator=generator)
             assert bool(threat.contains(x_adv, x[index]).all()), f"{name} left the threat model"
             stands[index] = predictions(model, x_adv, batch_size) == y[index]

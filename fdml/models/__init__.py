@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from fdml.errors import InputError, unknown
 from fdml.models.cnn import CNN
-from fdml.models.resnet import ResNet, resnet18, wide_resnet
 from fdml.models.frozen import Frozen
+from fdml.models.resnet import ResNet, resnet18, wide_resnet
 from fdml.models.robust import Outputs, RobustModel, wrap
 
 __all__ = ["ARCHITECTURES", "Frozen", "Outputs", "RobustModel", "build", "wrap"]

@@ -8,9 +8,16 @@ FEW = 3
 """Up to so many input channels the gradient by the input is a matrix product and a few shifted sums."""
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
-    """``conv2d``. For the first layer of a frozen network on a CPU, the gradient by the input takes a path of its own:
-    torch's own kernel is built for many input channels and spends up to 13 times as long on a grey image."""
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple) -> Tensor:
+    """``conv2d``, whose result is channels_last. Two paths of its own, for grey images and for the gradient by them.
+
+    The layout of an image of one channel is ambiguous, and torch takes NCHW, ten times as slow here, and for all layers
+    after it. And for the first layer of a frozen network on a CPU the gradient by the input is a product of matrices:
+    torch's kernel is built for many input channels and spends up to 13 times as long on one.
+    """
+    if weight.shape[1] == 1:
+        outputs, _, rows, columns = weight.shape
+        weight = weight.reshape(outputs, rows, columns, 1).permute(0, 3, 1, 2)  # with the strides of channels_last
     few = weight.shape[1] <= FEW and stride == (1, 1) and padding == (weight.shape[2] // 2, weight.shape[3] // 2)
     if few and x.device.type == "cpu" and x.requires_grad and not weight.requires_grad:
         found = _FewChannels.apply(x, weight, bias, padding)
@@ -21,13 +28,13 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, ...]
 
 class _FewChannels(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.padding = padding
         return F.conv2d(x, weight, bias, 1, padding)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (weight,), (above, left) = grads, ctx.saved_tensors, ctx.padding
         images, outputs, height, width = grad.shape
         inputs, (rows, columns) = weight.shape[1], weight.shape[2:]

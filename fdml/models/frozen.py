@@ -22,7 +22,7 @@ class Folded(nn.Module):
         weight, bias = unit.folded()
         self.register_buffer("weight", weight.detach().contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.detach().clone())
-        self.stride, self.padding = unit.conv.stride, unit.conv.padding
+        self.stride, self.padding = unit.conv.stride, (unit.conv.kernel_size[0] // 2,) * 2
 
     def forward(self, x: Tensor) -> Tensor:
         return convolution(x, self.weight, self.bias, self.stride, self.padding)
@@ -31,8 +31,8 @@ class Folded(nn.Module):
 class Frozen(nn.Module):
     """A callable from images in [0, 1] to logits, equal to ``model`` in eval mode up to rounding, and faster.
 
-    On a CPU a batch of fewer than ``SMALLEST`` images is filled up, so that what is computed for an image is the same to
-    the last bit whatever the images beside it: the outcome of an attack then depends on no batch size.
+    On a CPU a batch of fewer than ``SMALLEST`` images is filled up, so that what is computed for an image is the same
+    to the last bit whatever the images beside it: the outcome of an attack then depends on no batch size.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,7 +54,7 @@ class Frozen(nn.Module):
         logits, taps = self._filled(self.model.outputs, x)
         return Outputs(logits, taps)
 
-    def _filled(self, look: Callable, x: Tensor):  # noqa: ANN202
+    def _filled(self, look: Callable, x: Tensor):
         x = x.contiguous(memory_format=torch.channels_last)
         missing = SMALLEST - len(x) if x.device.type == "cpu" else 0
         if missing <= 0:

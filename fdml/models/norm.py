@@ -54,11 +54,12 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
         self.norm = BatchNorm2d(outputs)
+        self._padding = (kernel // 2, kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            return self.norm(self.conv(x))
-        return convolution(x, *self.folded(), self.conv.stride, self.conv.padding)  # pyright: ignore[reportArgumentType]
+            return self.norm(convolution(x, self.conv.weight, None, self.conv.stride, self._padding))
+        return convolution(x, *self.folded(), self.conv.stride, self._padding)
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(weight, bias) of the convolution that the unit is in inference."""

@@ -1,6 +1,6 @@
 """What every model of fdml is: pixels in [0, 1] in; logits and named intermediate features out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,25 +60,27 @@ class Tapped(nn.Module):
     def __init__(self, module: nn.Module, taps: Sequence[str]) -> None:
         super().__init__()
         self.module = module
-        self._seen: dict[str, Tensor] = {}
+        self._taps = tuple(taps)
         named = dict(module.named_modules())
         for name in taps:
             if name not in named or not name:
                 raise unknown("module to tap", name, [known for known in named if known])
-            named[name].register_forward_hook(self._keep(name))
-
-    def _keep(self, name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            if not isinstance(output, Tensor):
-                raise InputError(f"module {name!r} returns {type(output).__name__}, but a tap must be a tensor")
-            self._seen[name] = output
-
-        return hook
+            named[name].register_forward_hook(_keep)
 
     def forward(self, x: Tensor) -> Outputs:
         logits = self.module(x)
-        taps, self._seen = self._seen, {}
-        return Outputs(logits, taps)
+        return Outputs(logits, {name: self._seen(name) for name in self._taps})
+
+    def _seen(self, name: str) -> Tensor:
+        output = self.module.get_submodule(name).__dict__.pop("_tapped", None)
+        if not isinstance(output, Tensor):
+            raise InputError(f"module {name!r} returns {type(output).__name__}, but a tap must be a tensor")
+        return output
+
+
+def _keep(module: nn.Module, _inputs: object, output: object) -> None:
+    # On the module itself, so that a copy of the network taps its own modules.
+    module.__dict__["_tapped"] = output
 
 
 def wrap(
