@@ -127,18 +127,18 @@ def bench_pgd(b: Bench, bars: str) -> None:
     steps, size = 20, 2.5 * b.threat.eps / 20
     peers: dict[str, Attack] = {}
     if installed("torchattacks"):
-        import torchattacks
+        import torchattacks  # pyright: ignore[reportMissingImports]
 
         peers["torchattacks"] = lambda: torchattacks.PGD(b.stock, eps=b.threat.eps, alpha=size, steps=steps)(b.x, b.y)
     if installed("foolbox"):
-        import foolbox
+        import foolbox  # pyright: ignore[reportMissingImports]
 
         wrapped = foolbox.PyTorchModel(b.stock, bounds=(0, 1))
         one = foolbox.attacks.LinfPGD(abs_stepsize=size, steps=steps, random_start=True)
         peers["foolbox"] = lambda: one(wrapped, b.x, b.y, epsilons=b.threat.eps)[1]
     if installed("art"):
-        from art.attacks.evasion import ProjectedGradientDescentPyTorch
-        from art.estimators.classification import PyTorchClassifier
+        from art.attacks.evasion import ProjectedGradientDescentPyTorch  # pyright: ignore[reportMissingImports]
+        from art.estimators.classification import PyTorchClassifier  # pyright: ignore[reportMissingImports]
 
         shape = tuple(b.x.shape[1:])
         art_model = PyTorchClassifier(b.stock, nn.CrossEntropyLoss(), shape, 10, clip_values=(0, 1), device_type="cpu")
@@ -192,7 +192,7 @@ def fast(b: Bench) -> list[tuple[str, Callable]]:
 
 
 def reference_autoattack(b: Bench) -> Attack:
-    from autoattack import AutoAttack
+    from autoattack import AutoAttack  # pyright: ignore[reportMissingImports]
 
     def run() -> Tensor:
         attack = AutoAttack(
@@ -231,7 +231,7 @@ def bench_fast(b: Bench, bars: str) -> None:
 
 def bench_square(b: Bench, bars: str) -> None:
     if installed("autoattack"):
-        from autoattack.square import SquareAttack
+        from autoattack.square import SquareAttack  # pyright: ignore[reportMissingImports]
 
         one = SquareAttack(
             b.stock, p_init=0.8, n_queries=5000, eps=b.threat.eps, norm=NORM[b.threat.norm], n_restarts=1, seed=0,
@@ -245,7 +245,7 @@ def bench_square(b: Bench, bars: str) -> None:
 
 def bench_fab(b: Bench, bars: str) -> None:
     if installed("autoattack"):
-        from autoattack.fab_pt import FABAttack_PT
+        from autoattack.fab_pt import FABAttack_PT  # pyright: ignore[reportMissingImports]
 
         one = FABAttack_PT(
             b.stock, n_restarts=1, n_iter=100, eps=b.threat.eps, seed=0, norm=NORM[b.threat.norm], verbose=False,
@@ -260,7 +260,7 @@ def bench_fab(b: Bench, bars: str) -> None:
 def bench_curve(b: Bench, bars: str) -> None:
     if not installed("foolbox"):
         return
-    import foolbox
+    import foolbox  # pyright: ignore[reportMissingImports]
 
     epsilons = around(b.threat.eps, b.threat.norm)
     wrapped = foolbox.PyTorchModel(b.stock, bounds=(0, 1))
@@ -294,12 +294,12 @@ def bench_minimal(b: Bench, bars: str) -> None:
     streams = Streams.of(torch.arange(len(x)), 0, "minimal")
     pairs: list[tuple[str, str, Attack, Attack]] = []
     if installed("adv_lib"):
-        from adv_lib.attacks import alma as peer_alma
+        from adv_lib.attacks import alma as peer_alma  # pyright: ignore[reportMissingImports]
 
         ours = lambda: alma(b.victim.model, x, y, "l2", generator=streams)  # noqa: E731
         pairs.append(("l2", "adversarial-library ALMA", ours, lambda: peer_alma(b.stock, x, y, distance="l2")))
     if installed("foolbox"):
-        import foolbox
+        import foolbox  # pyright: ignore[reportMissingImports]
 
         wrapped = foolbox.PyTorchModel(b.stock, bounds=(0, 1))
         peer = foolbox.attacks.LInfFMNAttack()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fdml.attacks import Attack, pgd
 from fdml.evaluate import Accuracy, evaluate, interval, predictions
+from fdml.randomness import Generator
 from fdml.threat import Threat
 
 THREAT = Threat("linf", 0.1)
@@ -26,9 +27,7 @@ def pictures(*means: float) -> Tensor:
 
 
 def shift(by: float) -> Attack:
-    def attack(
-        model: Callable, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def attack(model: Callable, x: Tensor, y: Tensor, threat: Threat, *, generator: Generator = None) -> Tensor:
         return threat.project(x + by, x)
 
     return attack
@@ -79,9 +78,7 @@ def test_the_batch_size_changes_the_ticks_and_nothing_else(batch_size: int, batc
 def test_only_images_answered_rightly_are_attacked_and_each_once() -> None:
     seen: list[float] = []
 
-    def attack(
-        model: Callable, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def attack(model: Callable, x: Tensor, y: Tensor, threat: Threat, *, generator: Generator = None) -> Tensor:
         seen.extend(x[:, 0, 0, 0].tolist())
         return x
 
@@ -90,9 +87,7 @@ def test_only_images_answered_rightly_are_attacked_and_each_once() -> None:
 
 
 def test_adding_an_attack_changes_no_other() -> None:
-    def noise(
-        model: Callable, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def noise(model: Callable, x: Tensor, y: Tensor, threat: Threat, *, generator: Generator = None) -> Tensor:
         return threat.random(x, generator)
 
     x, threat = torch.rand(200, 1, 2, 2, generator=torch.Generator().manual_seed(0)), Threat("linf", 0.5)
@@ -106,9 +101,7 @@ def test_adding_an_attack_changes_no_other() -> None:
 
 
 def test_an_attack_that_leaves_the_threat_model_is_caught() -> None:
-    def outside(
-        model: Callable, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def outside(model: Callable, x: Tensor, y: Tensor, threat: Threat, *, generator: Generator = None) -> Tensor:
         return x + 2 * threat.eps
 
     with pytest.raises(AssertionError, match="cheat left the threat model"):

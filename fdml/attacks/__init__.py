@@ -1,5 +1,6 @@
 """Attacks: functions over any callable from images in [0, 1] to logits, and the dicts of their names."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -52,7 +53,7 @@ CLOSING: dict[str, Attack] = {
 }
 """The attacks of the closing table of a training run, weakest first."""
 
-ATTACKS: dict[str, Attack] = {
+ATTACKS: dict[str, Callable[..., Images]] = {
     **CLOSING,
     "r-fgsm": partial(fgsm, random_start=True),
     "pgd100x5": partial(pgd, steps=100, restarts=5),

@@ -5,7 +5,7 @@ from typing import final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fdml.attacks.objective import CHUNK, Model, answer
@@ -32,7 +32,7 @@ def hopskipjump(
     first: int = 100,
     gamma: float = 1.0,
     tries: int = 100,
-    starts: Images | None = None,
+    starts: Float[Tensor, "_ _ _ _"] | None = None,
     enough: float | None = None,
     generator: Generator = None,
     queries: Int[Tensor, " b"] | None = None,
@@ -96,7 +96,7 @@ class _Oracle:
 
 def _start(
     oracle: _Oracle, rows: Tensor, x: Images, starts: Images | None, tries: int, generator: Generator
-) -> tuple[Tensor, Images]:
+) -> tuple[Int[Tensor, " n"], Float[Tensor, "n c h w"]]:
     """A misclassified point for each of the images ``rows`` for which one was found, and which these are."""
     c, h, w = x.shape[1:]
     point, found = x.clone(), torch.zeros_like(oracle.y, dtype=torch.bool)
@@ -122,7 +122,7 @@ def _approach(
     rows: Tensor,
     clean: Images,
     x_adv: Images,
-    point: Images,
+    point: Float[Tensor, "n c h w"],
     norm: str,
     first: int,
     gamma: float,
@@ -161,13 +161,13 @@ def _approach(
 def _stand_off(oracle: _Oracle, rows: Tensor, x: Images, x_adv: Images, norm: str, enough: float | None) -> None:
     """Draws what was found away from the boundary, where rounding in other company would change its answer.
 
-    By a thousandth of the distance, where that is misclassified too, but not beyond ``enough``.
+    By a thousandth of the distance, where that is misclassified too; but what is near enough stays so.
     """
     delta = x_adv[rows] - x[rows]
     share = torch.full_like(delta[:, 0, 0, 0], 1 + 1e-3)
     if enough is not None:
-        distance = Threat(norm, 0.0).distance(x_adv[rows], x[rows])
-        share = share.minimum((enough / distance).clamp(min=1))
+        near = Threat(norm, 0.0).distance(x_adv[rows], x[rows])
+        share = torch.where(near <= enough, share.minimum(enough / near), share)
     shown = (x[rows] + share[:, None, None, None] * delta).clamp_(0, 1)
     wrong = oracle.wrong(rows, shown)
     x_adv[rows[wrong]] = shown[wrong]

@@ -116,7 +116,7 @@ def _climb(
     x_adv, momentum = x, torch.zeros_like(x)
     for _ in range(steps):
         grad = gradient(x_adv)
-        # The mean in place of the sum: the same direction, and no overflow where the gradient is tiny.
+        # The mean in place of the sum: a constant factor, which a sign or a normalised step does not see.
         size = grad.abs().mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
         momentum = decay * momentum + grad / size
         x_adv = threat.project(threat.ascend(x_adv, momentum, step_size), x)

@@ -201,8 +201,8 @@ def write_adversarial(plan: Plan, victim: Victim, store: Store, path: Path, writ
         batches.append(x)
         fooled.append(flag)
         labels.append(y.cpu())
-    arrays = {"x_adv": torch.cat(batches), "y": torch.cat(labels), "fooled": torch.cat(fooled)}
-    write(path, lambda place: np.savez_compressed(place, **{name: each.numpy() for name, each in arrays.items()}))
+    x_adv, y, fell = (torch.cat(each).numpy() for each in (batches, labels, fooled))
+    write(path, lambda place: np.savez_compressed(place, x_adv=x_adv, y=y, fooled=fell))
 
 
 def _curves(plan: Plan, store: Store, victim: Victim, n: int) -> list[dict[str, Any]]:

@@ -24,10 +24,10 @@ def target(model: Path, norm: str | None, eps: str | None, data: str | None) -> 
     trained = card.threat if card is not None else None
     if norm is not None and eps is None and norm != (trained["norm"] if trained else usual.norm):
         raise InputError(f"--norm {norm} needs an --eps in its own units: 0.5 is usual for l2, 12 for l1")
-    norm = norm or (trained["norm"] if trained else usual.norm)
+    kind = norm or (str(trained["norm"]) if trained else usual.norm)
     if eps is None:
-        return Threat(norm, float(trained["eps"] if trained else usual.eps)), data
-    return Threat(norm, override(usual, [f"eps={eps}"]).eps), data
+        return Threat(kind, float(trained["eps"] if trained else usual.eps)), data
+    return Threat(kind, override(usual, [f"eps={eps}"]).eps), data
 
 
 def _card(model: Path) -> Card | None:

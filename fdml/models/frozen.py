@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ SMALLEST = 8
 
 class Folded(nn.Module):
     """A ``ConvNorm`` of inference: one convolution with constant weights."""
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, unit: ConvNorm) -> None:
         super().__init__()
@@ -54,7 +58,7 @@ class Frozen(nn.Module):
         logits, taps = self._filled(self.model.outputs, x)
         return Outputs(logits, taps)
 
-    def _filled(self, look: Callable, x: Tensor):
+    def _filled(self, look: Callable[[Tensor], Any], x: Tensor) -> Any:
         x = x.contiguous(memory_format=torch.channels_last)
         missing = SMALLEST - len(x) if x.device.type == "cpu" else 0
         if missing <= 0:

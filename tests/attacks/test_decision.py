@@ -150,7 +150,8 @@ def test_enough_is_enough(norm: str) -> None:
     found = hopskipjump(model, x, y, norm, enough=enough, **options)
     done = far(found, x, norm) <= enough
     assert torch.equal(done, far(nearest, x, norm) <= enough)
-    assert (fewer[done] < queries[done]).all()
+    assert (fewer <= queries).all()
+    assert fewer[done].median() < 300
     torch.testing.assert_close(found[~done], nearest[~done])
     threat = Threat(norm, enough)
     x_adv = within(hopskipjump)(model, x, y, threat, budget=600, generator=streams(12))
@@ -203,9 +204,9 @@ def test_what_is_returned_stands_off_the_boundary() -> None:
     model = net(3)
     x = images(12)
     y = answers(model, x)
-    x_adv = hopskipjump(model, x, y, "l2", budget=800, generator=streams(12))
-    assert (answers(model, x + 0.9995 * (x_adv - x)) != y).all()
-    assert (answers(model, x + 0.997 * (x_adv - x)) == y).all()
+    x_adv = hopskipjump(model, x, y, "l2", budget=800, gamma=0.01, generator=streams(12))
+    assert (answers(model, x + 0.9991 * (x_adv - x)) != y).all()
+    assert (answers(model, x + 0.998 * (x_adv - x)) == y).all()
 
 
 def test_leaves_the_model_and_torch_as_they_were() -> None:
