@@ -6,7 +6,7 @@ from torch import Tensor
 from fdml.attacks.fmn import search
 from fdml.attacks.objective import Model, answer, look
 from fdml.attacks.projection import DUAL, length
-from fdml.attacks.within import Nearest
+from fdml.attacks.within import Nearest, narrow
 from fdml.errors import InputError
 from fdml.inference import inference
 from fdml.losses import Labels, PerImage, dlr, margin
@@ -54,58 +54,61 @@ def alma(
 
 _RATE = {"l2": 1.0, "l1": 3.0}
 """The first learning rate: the norm of a step that moves all pixels alike, as a share of the distance."""
-_RHO = 30.0
-"""The first penalty parameter, for margins in units of that of the starting point."""
+_PENALTY = 30.0
+"""The first penalty parameter, rho."""
 _SHORT = 1e-4
-"""What the margin must exceed 0 by, in the same units."""
+"""What the margin must be above 0."""
 
 
 def _refine(model: Model, nearest: Nearest, steps: int) -> None:
-    norm, pixels = nearest.threat.norm, nearest.x[0].numel()
+    """The descent of the Lagrangian, which shows ``nearest`` all that it visits."""
+    norm = nearest.threat.norm
     rows = nearest.remaining()
+    if not len(rows):
+        return
     x, y, x_adv = nearest.x[rows], nearest.y[rows], nearest.x_adv[rows]
     distance = nearest.threat.distance(x_adv, x)
-    rho, mu = torch.full_like(distance, _RHO), torch.ones_like(distance)
-    # These five are set by the first look.
-    unit = scale = before = distance
+    rho, mu = torch.full_like(distance, _PENALTY), torch.ones_like(distance)
+    pixels = length(torch.ones_like(x[:1]).flatten(1), norm)
+    # The first look sets these: the distance and the slope that the Lagrangian is in units of, what the constraint
+    # lacked when it was last looked at, and the two averages of the gradient.
+    unit = slope = before = distance
     square = momentum = x
-    for step in range(steps if len(rows) else 0):
+    for step in range(steps):
         logits, value, grad = look(model, x_adv, y, margin)
         fooled, going = nearest.see(rows, x_adv, distance, logits)
-        if not bool(going.all()):
-            kept = (rows, x, y, x_adv, distance, rho, mu, unit, scale, before, square, momentum, value, grad, fooled)
-            kept = [t[going] for t in kept]
-            rows, x, y, x_adv, distance, rho, mu, unit, scale, before, square, momentum, value, grad, fooled = kept
-            if not len(rows):
-                return
+        rows, x, y, x_adv, distance, rho, mu, unit, slope, before, square, momentum, fooled, value, grad = narrow(
+            going, rows, x, y, x_adv, distance, rho, mu, unit, slope, before, square, momentum, fooled, value, grad
+        )
+        if not len(rows):
+            return
         if step == 0:
             slope = length(grad.flatten(1), DUAL[norm]).clamp_(min=1e-12)
-            unit = torch.where(distance > 0, distance, value.abs() / slope)
-            scale = 1 / (unit * slope).clamp(min=1e-12)
-        lack = _SHORT - value * scale
-        if step % 10 == 0:
-            stuck = ~fooled & (lack >= 0.95 * before)
-            rho = torch.where(stuck, 1.2 * rho, rho) if step else rho
+            unit = torch.where(distance > 0, distance, value.abs() / slope).clamp_(min=1e-12)
+        lack = _SHORT - value / (unit * slope)
+        if step == 0:
+            before = lack
+        elif step % 10 == 0:
+            rho = torch.where(fooled | (lack < 0.95 * before), rho, 1.2 * rho)
             before = lack
         if step:
             mu = mu.lerp(_growth(lack, rho, mu), 0.1).clamp_(1e-6, 1e12)
-        push = _growth(lack, rho, mu) * scale * unit
         delta = x_adv - x
         pull = delta / distance.clamp(min=1e-12)[:, None, None, None] if norm == "l2" else delta.sign()
-        grad = pull.addcmul_(grad, push[:, None, None, None], value=-1)
-        if step:
-            square.mul_(0.9).addcmul_(grad, grad, value=0.1)
-        else:
+        grad = pull.addcmul_(grad, (_growth(lack, rho, mu) / slope)[:, None, None, None], value=-1)
+        if step == 0:
             square = grad.square().mean((1, 2, 3), keepdim=True).expand_as(grad).clone()
             momentum = torch.zeros_like(grad)
+        else:
+            square.mul_(0.9).addcmul_(grad, grad, value=0.1)
         momentum.mul_(0.9).addcdiv_(grad, square.sqrt().add_(1e-12), value=0.1)
-        rate = (_RATE[norm] * 0.01 ** (step / steps)) * unit / length(torch.ones(1, pixels), norm)
+        rate = _RATE[norm] * 0.01 ** (step / steps) * unit / pixels
         x_adv = torch.addcmul(x_adv, momentum, rate[:, None, None, None], value=-1).clamp_(0, 1)
         distance = nearest.threat.distance(x_adv, x)
     nearest.see(rows, x_adv, distance, answer(model, x_adv))
 
 
 def _growth(lack: Tensor, rho: Tensor, mu: Tensor) -> PerImage:
-    """The derivative of P2 (the paper's table 1) by what the constraint lacks."""
+    """The derivative of the penalty P2 by what the constraint lacks."""
     over = rho * lack
     return torch.where(lack >= 0, mu * (1 + 2 * over) + over.square() / 2, mu / (1 - over.clamp(max=0)).square())

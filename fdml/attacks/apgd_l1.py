@@ -73,8 +73,8 @@ def climb_l1(
     """
     share = 3 * steps // 10 if wide else 0
     for eps in (3 * threat.eps, 2 * threat.eps) if share else ():
-        _, start = _run(model, start, x, y, compared, eps, share, ascends, warm=True)
-    best, _ = _run(model, start, x, y, compared, threat.eps, steps - 2 * share, ascends, share > 0, leave, copies)
+        _, start = _run(model, start, x, y, compared, eps, share, ascends)
+    best, _ = _run(model, start, x, y, compared, threat.eps, steps - 2 * share, ascends, leave, copies)
     return best.x, best.value
 
 
@@ -112,16 +112,14 @@ def _run(
     eps: float,
     steps: int,
     ascends: Objective,
-    warm: bool,
     leave: bool = False,
     copies: int = 1,
 ) -> tuple[Best, Tensor]:
     """A run in one ball: the best points by margin, and the highest by objective of the images that did not leave.
 
-    Constants are the published code's: the first step is eps; a fifth of the pixels share it, or, from a ``warm``
-    start, two thirds of those that moved. A checkpoint every 4% of the steps asks for two thirds of the pixels that the
-    highest point moved; where these are 5% fewer than at the last one, the image goes back there and to a step of eps,
-    elsewhere the step shrinks by 1.5, down to eps / 10.
+    Constants are the published code's: the first step is eps, shared by a fifth of the pixels. Every 4% of the steps
+    this becomes two thirds of the pixels that the highest point moved; where these are 5% fewer than at the last check,
+    the image goes back there and to a step of eps, elsewhere the step shrinks by 1.5, down to eps / 10.
     """
     interval = max(int(0.04 * steps), 1)
     pixels = x.shape[1:].numel()
@@ -130,7 +128,6 @@ def _run(
     best = Best(start)
     logits, value, grad = look(model, start, compared, ascends)
     best.see(rows, start, margin(logits, y))
-    moved = _moved(start, x) if warm else torch.full_like(rows, pixels)
     s = _State(
         rows=rows,
         x=x,
@@ -142,8 +139,10 @@ def _run(
         top_value=value,
         top_grad=grad.clone(),
         step=torch.full((len(x), 1, 1, 1), eps, dtype=x.dtype, device=x.device),
-        count=_two_thirds(moved) if warm else torch.full_like(rows, -(-pixels // 5)),
-        moved=moved,
+        # The published code goes by the start's moved pixels where it is no random one, which counts pixels that its
+        # projection moved by a rounding: too few without them, and weaker.
+        count=torch.full_like(rows, -(-pixels // 5)),
+        moved=torch.full_like(rows, pixels),
     )
     for index in range(1, steps + 1):
         if leave:
@@ -165,7 +164,9 @@ def _run(
         if index % interval == 0:
             moved = _moved(s.top, s.x)
             sparser = (moved < 0.95 * s.moved)[:, None, None, None]
-            s.count, s.moved = _two_thirds(moved), moved
+            # Two thirds of two, rounded up, would be two for ever.
+            s.count = torch.minimum((2 * moved + 2) // 3, moved - 1).clamp_(min=1)
+            s.moved = moved
             s.step = torch.where(sparser, eps, (s.step / 1.5).clamp_(min=eps / 10))
             s.x_adv, s.grad = torch.where(sparser, s.top, s.x_adv), torch.where(sparser, s.top_grad, s.grad)
     return best, s.top
@@ -181,7 +182,3 @@ def _direction(grad: Images, count: Int[Tensor, " b"]) -> Images:
 
 def _moved(x_adv: Images, x: Images) -> Int[Tensor, " b"]:
     return (x_adv != x).flatten(1).sum(1)
-
-
-def _two_thirds(count: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-    return ((2 * count + 2) // 3).clamp_(min=1)

@@ -1,13 +1,14 @@
-"""Carlini and Wagner's attack for l2 (2017, "Towards Evaluating the Robustness of Neural Networks")."""
+"""Carlini and Wagner's l2 attack (2017, "Towards Evaluating the Robustness of Neural Networks")."""
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
-from fdml.attacks.objective import Model, look
-from fdml.attacks.projection import length
-from fdml.attacks.within import Nearest
+from fdml.attacks.objective import Model, answer, look
+from fdml.attacks.within import Nearest, narrow
 from fdml.errors import InputError
 from fdml.inference import inference
-from fdml.losses import Labels, margin
+from fdml.losses import Labels, PerImage, margin
 from fdml.randomness import Generator
 from fdml.threat import Images
 
@@ -24,18 +25,20 @@ def cw(
     enough: float | None = None,
     generator: Generator = None,
 ) -> Images:
-    """Adam descends |δ|² + c · [−margin]₊ over w with x + δ = (1 + tanh w) / 2, and c is searched for (section VI.A).
+    """Adam descends |δ|² + c · [−margin]₊ over w, where x + δ = (1 + tanh w) / 2, for several c (section VI.A).
 
-    Each of the ``rounds`` starts from x, has at most ``steps`` gradients, and is over for an image whose loss stagnates
-    for a tenth of them; then c is halved between the least that fooled and the largest that did not, or grows tenfold.
-    The first c is four times the one that a linear model needs, so that it fits any scale of the logits. tanh w is
-    stretched a little and clipped, so that black and white pixels, where its slope is 0, can move.
+    Each of the ``rounds`` begins at x, takes at most ``steps`` gradients, and ends for an image whose loss does not
+    fall in a tenth of them. Then c is bisected, or grows tenfold where none has fooled the model. What differs from the
+    paper: the first c is four times what a linear model needs, whatever the scale of its logits, and tanh w is
+    stretched and clipped, since black and white pixels, where its slope is 0, would never move. ``step_size`` is Adam's
+    in w.
 
     Returns the nearest misclassified image found, in [0, 1], drawn towards x as far as it stays misclassified; x itself
     where none was found, and where it is misclassified already. An image is done once its perturbation is at most
     ``enough``. Nothing is drawn from ``generator``.
 
-    Raises ``InputError`` for any norm but l2, steps or rounds below 1, and a negative ``enough``.
+    Raises ``InputError`` for any norm but l2, steps or rounds below 1, a step size that is not positive, and a negative
+    ``enough``.
     """
     if norm != "l2":
         raise InputError(f"cw supports l2, got {norm}")
@@ -44,55 +47,55 @@ def cw(
     if not 0 < step_size < float("inf"):
         raise InputError(f"step_size must be a finite number above 0, got {step_size}")
     nearest = Nearest(x, y, norm, enough)
-    weight = torch.zeros_like(nearest.distance)
-    low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
     with inference(model):
-        for round_ in range(rounds):
-            rows = nearest.remaining()
-            if not len(rows):
-                break
-            fooled = _descend(model, nearest, weight, steps, step_size, first=round_ == 0)
-            high = torch.where(fooled, torch.minimum(high, weight), high)
-            low = torch.where(fooled, low, torch.maximum(low, weight))
-            weight = torch.where(high < torch.inf, (low + high) / 2, 10 * low)
+        logits, value, grad = look(model, nearest.x, y, margin)
+        nearest.see(nearest.remaining(), nearest.x, torch.zeros_like(value), logits)
+        c = 4 * 2 * value.abs() / grad.square().sum((1, 2, 3)).clamp_(min=1e-12)
+        low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
+        for _ in range(rounds):
+            fooled = _descend(model, nearest, c, steps, step_size)
+            low, high = torch.where(fooled, low, c), torch.where(fooled, c, high)
+            c = torch.where(high < torch.inf, (low + high) / 2, 10 * c)
         return nearest.closer(model)
 
-SHRINK = 0.99
-BEGIN = 4.0
 
-def _descend(model, nearest, weight, steps, step_size, first):
-    ever = torch.zeros_like(weight, dtype=torch.bool)
+_STRETCH = 0.8
+"""The tanh of w that stands for a white pixel."""
+
+
+def _descend(model: Model, nearest: Nearest, c: PerImage, steps: int, step_size: float) -> Bool[Tensor, " b"]:
+    """One round, which shows ``nearest`` all that it visits; for each image, whether the model was fooled."""
+    ever = torch.zeros_like(c, dtype=torch.bool)
     rows = nearest.remaining()
-    x, y, c = nearest.x[rows], nearest.y[rows], weight[rows]
-    w = torch.atanh((2 * x - 1) * SHRINK)
-    limit = torch.atanh(torch.tensor(SHRINK))
-    first_moment, second_moment = torch.zeros_like(x), torch.zeros_like(x)
-    before = torch.full_like(c, torch.inf)
+    x, y, c = nearest.x[rows], nearest.y[rows], c[rows]
+    tanh = (2 * x - 1) * _STRETCH
+    w = tanh.atanh()
+    largest = torch.atanh(torch.tensor(_STRETCH)).item()
+    first, second = torch.zeros_like(w), torch.zeros_like(w)
+    x_adv, loss = x, torch.full_like(c, torch.inf)
     interval = max(1, steps // 10)
-    x_adv, slope = x, (1 - ((2*x-1)*SHRINK)**2) / (2*SHRINK)
-    for step in range(steps):
+    for step in range(1, steps + 1):
+        if not len(rows):
+            return ever
         logits, value, grad = look(model, x_adv, y, margin)
         distance = nearest.threat.distance(x_adv, x)
         fooled, going = nearest.see(rows, x_adv, distance, logits)
         ever[rows] |= fooled
-        if step == 0 and first:
-            c = BEGIN * 2 * value.abs() / length(grad.flatten(1), "l2").square().clamp(min=1e-12)
-            weight[rows] = c
-        if step % interval == 0:
-            loss = distance.square() + c * (-value).clamp(min=0)
-            going = going & (loss < 0.9999 * before)
-            before = loss
-        if not bool(going.all()):
-            rows, x, y, c, w, first_moment, second_moment, before, x_adv, slope, value, grad = (t[going] for t in (rows, x, y, c, w, first_moment, second_moment, before, x_adv, slope, value, grad))
-            if not len(rows): break
-        pull = 2 * (x_adv - x) - grad * torch.where(value <= 0, c, 0.)[:, None, None, None]
-        pull = pull * slope
-        first_moment.lerp_(pull, 0.1)
-        second_moment.mul_(0.999).addcmul_(pull, pull, value=0.001)
-        k = step + 1
-        w = w - (step_size / (1 - 0.9**k)) * first_moment / (second_moment.sqrt() / (1 - 0.999**k)**.5 + 1e-12)
-        w = w.clamp_(-limit, limit)
-        t = w.tanh()
-        x_adv = (t / SHRINK + 1).div_(2).clamp_(0, 1)
-        slope = (1 - t * t) / (2 * SHRINK)
+        if step % interval == 1 or interval == 1:
+            before, loss = loss, distance.square() + c * (-value).clamp_(min=0)
+            going &= loss < 0.9999 * before
+        rows, x, y, c, x_adv, tanh, w, first, second, loss, value, grad = narrow(
+            going, rows, x, y, c, x_adv, tanh, w, first, second, loss, value, grad
+        )
+        grad = 2 * (x_adv - x) - grad * torch.where(value <= 0, c, 0)[:, None, None, None]
+        grad.mul_(1 - tanh.square())
+        # Adam, whose step knows no scale: the constant factor of the derivative may be left out.
+        first.mul_(0.9).add_(grad, alpha=0.1)
+        second.mul_(0.999).addcmul_(grad, grad, value=0.001)
+        rate = step_size * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+        w = torch.addcdiv(w, first, second.sqrt().add_(1e-12), value=-rate).clamp_(-largest, largest)
+        tanh = w.tanh()
+        x_adv = ((tanh / _STRETCH + 1) / 2).clamp_(0, 1)
+    fooled, _ = nearest.see(rows, x_adv, nearest.threat.distance(x_adv, x), answer(model, x_adv))
+    ever[rows] |= fooled
     return ever

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fdml.attacks.objective import Model, Objective, answer, look, objective_of
 from fdml.attacks.projection import DUAL, length
-from fdml.attacks.within import Nearest
+from fdml.attacks.within import Nearest, narrow
 from fdml.errors import InputError
 from fdml.inference import inference
 from fdml.losses import Labels
@@ -32,8 +32,8 @@ def fmn(
 
     What differs from the paper: until a first point is found the radius never shrinks; a step is a share of the radius,
     so that no scale is built in; and it is the steepest one in l_q, where 1/q grows from 0 to that of the norm attacked
-    (``annealed=False``: at the norm attacked from the start; for l1, near it). Small gradients thus count first, which
-    finds far better minima on networks trained against linf, at the same number of gradients.
+    (for l1, to near it; ``annealed=False``: from the start). That at first all pixels count alike finds far nearer
+    points on networks trained against linf.
 
     ``steps`` counts gradients. Returns the nearest misclassified image found, in [0, 1], drawn towards x as far as it
     stays misclassified; x itself where none was found, and where it is misclassified already. An image is done once
@@ -61,6 +61,7 @@ class _Schedule(NamedTuple):
 
 
 _SCHEDULES = {"linf": _Schedule(0.5, 0.0, 1.0), "l2": _Schedule(2.0, 0.5, 0.7), "l1": _Schedule(1.0, 0.9, 1.0)}
+END = {"linf":.01,"l2":.01,"l1":.01}
 _RATES = 0.1, 0.001
 """By what share the radius changes in the first step, and in the last."""
 _SPARSE = 0.3
@@ -71,6 +72,8 @@ def search(model: Model, nearest: Nearest, steps: int, objective: Objective, ann
     """One run from the clean images, which shows ``nearest`` all that it visits."""
     norm, schedule = nearest.threat.norm, _SCHEDULES[nearest.threat.norm]
     rows = nearest.remaining()
+    if not len(rows):
+        return
     x, y = nearest.x[rows], nearest.y[rows]
     x_adv, distance = x, torch.zeros_like(nearest.distance[rows])
     radius, best = distance, distance + torch.inf
@@ -79,11 +82,11 @@ def search(model: Model, nearest: Nearest, steps: int, objective: Objective, ann
         logits, value, grad = look(model, x_adv, y, objective)
         fooled, going = nearest.see(rows, x_adv, distance, logits)
         best = torch.where(fooled, torch.minimum(best, distance), best)
-        if not bool(going.all()):
-            kept = (rows, x, y, x_adv, distance, radius, best, largest, value, grad, fooled)
-            rows, x, y, x_adv, distance, radius, best, largest, value, grad, fooled = (t[going] for t in kept)
-            if not len(rows):
-                return
+        rows, x, y, x_adv, distance, radius, best, largest, fooled, value, grad = narrow(
+            going, rows, x, y, x_adv, distance, radius, best, largest, fooled, value, grad
+        )
+        if not len(rows):
+            return
         cosine = (1 + math.cos(math.pi * step / steps)) / 2
         rate = _RATES[1] + (_RATES[0] - _RATES[1]) * cosine
         to_boundary = value.abs() / length(grad.flatten(1), DUAL[norm]).clamp_(min=1e-12)
@@ -92,7 +95,7 @@ def search(model: Model, nearest: Nearest, steps: int, objective: Objective, ann
         radius = torch.where(fooled, torch.minimum(radius * (1 - rate), best), wider)
         radius = radius.clamp(min=nearest.threat.eps).minimum(largest)
         inverse = schedule.inverse * (min(1.0, step / (schedule.until * steps)) if annealed else 1.0)
-        size = schedule.step * (0.01 + 0.99 * cosine) * radius
+        size = schedule.step * (END[norm] + (1-END[norm]) * cosine) * radius
         delta = x_adv - x + _steepest(x_adv, grad, norm, inverse) * size[:, None, None, None]
         x_adv = (x + _onto(delta, radius, norm, inverse)).clamp_(0, 1)
         distance = nearest.threat.distance(x_adv, x)
@@ -100,8 +103,7 @@ def search(model: Model, nearest: Nearest, steps: int, objective: Objective, ann
 
 
 def _steepest(x_adv: Images, grad: Images, norm: str, inverse: float) -> Images:
-    """The steepest ascent in l_q with 1/q = ``inverse``, of length 1 in the norm, for the pixels that [0, 1] lets
-    move."""
+    """The steepest ascent in l_q, 1/q = ``inverse``, of length 1 in the norm; pixels that [0, 1] holds stay."""
     stuck = ((x_adv >= 1) & (grad > 0)) | ((x_adv <= 0) & (grad < 0))
     direction = grad.masked_fill(stuck, 0)
     if inverse == 0:

@@ -2,95 +2,107 @@
 
 A minimal-norm attack is a function ``(model, x, y, norm, *, enough=None, generator=None, …) -> x_adv``: for each image
 the nearest misclassified one that it found, in [0, 1]; x itself where it found none or where x is misclassified. With
-``enough`` it stops working on an image once the perturbation is at most this.
+``enough`` it stops working on an image once the perturbation is at most this, up to rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fdml.attacks.objective import Model, answer
-from fdml.errors import InputError
 from fdml.losses import Labels, Logits, PerImage, margin
 from fdml.randomness import Generator
 from fdml.threat import Images, Threat
+
+Rows = Int[Tensor, " b"]
 
 
 def within(attack: Callable[..., Images]) -> Callable[..., Images]:
     """The minimal-norm attack as one inside a threat model: ``(model, x, y, threat, *, generator=None, …) -> x_adv``.
 
-    It has found enough at eps. What it found farther away is projected on the threat model.
+    What it finds within eps is enough, and what it finds farther away is projected on the threat model.
     """
 
-    def attack_within(
+    def inside(
         model: Model, x: Images, y: Labels, threat: Threat, *, generator: Generator = None, **options: Any
     ) -> Images:
         found = attack(model, x, y, threat.norm, enough=threat.eps, generator=generator, **options)
-        inside = threat.contains(found, x)[:, None, None, None]
-        return torch.where(inside, found, threat.project(found, x))
+        contained = threat.contains(found, x)[:, None, None, None]
+        return torch.where(contained, found, threat.project(found, x))
 
-    return attack_within
+    return inside
 
 
 class Nearest:
-    """The nearest misclassified image seen so far, per image; of those inside ``enough``, the first.
+    """The nearest misclassified image seen so far, per image: ``x_adv`` and its ``distance``.
 
-    Raises ``InputError`` for an unknown norm, and for an ``enough`` that is no eps of a threat model.
+    Raises ``InputError`` for an unknown norm, and for an ``enough`` that no threat model has for its eps.
     """
 
     def __init__(self, x: Images, y: Labels, norm: str, enough: float | None) -> None:
-        self.x, self.y, self.threat = x, y, Threat(norm, 0.0 if enough is None else enough)
-        self.x_adv = x.clone()
+        self.threat = Threat(norm, 0.0 if enough is None else enough)
+        self.x, self.y, self.x_adv = x.detach(), y, x.detach().clone()
         self.distance = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-        self._gap = torch.zeros_like(self.distance)
-        self._gap_clean = torch.zeros_like(self.distance)
         self._done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        # How far each image, and the nearest one found, is from being fooled, and from being right again.
+        self._clean, self._found = torch.zeros_like(self.distance), torch.zeros_like(self.distance)
 
-    def remaining(self) -> Tensor:
-        """The images, by number, for which nothing inside ``enough`` was found."""
+    def remaining(self) -> Rows:
+        """The numbers of the images for which nothing near enough was found."""
         return (~self._done).nonzero().squeeze(1)
 
-    def see(self, rows: Tensor, x_adv: Images, distance: PerImage, logits: Logits) -> tuple[Tensor, Tensor]:
-        """Keeps ``x_adv``, a candidate for each of the images ``rows``, where it is misclassified and the nearest so far.
+    def see(
+        self, rows: Rows, x_adv: Images, distance: PerImage, logits: Logits
+    ) -> tuple[Bool[Tensor, " b"], Bool[Tensor, " b"]]:
+        """Keeps ``x_adv``, a candidate for each of the images ``rows``, where it is the nearest misclassified so far.
 
-        Returns, for each, whether it is misclassified and whether the search goes on.
+        Returns, for each, whether it is misclassified, and whether the search goes on.
         """
         gap, clean = _gap(logits, self.y[rows]), distance == 0
-        # An image that is misclassified by however little needs no attack.
+        # However little the model is wrong about x itself, there is nothing to attack.
         fooled = (gap > 0) | (clean & (margin(logits, self.y[rows]) > 0))
-        self._gap_clean[rows] = torch.where(clean, gap, self._gap_clean[rows])
+        self._clean[rows] = torch.where(clean, gap, self._clean[rows])
         nearer = fooled & (distance < self.distance[rows])
         kept = rows[nearer]
-        self.x_adv[kept], self.distance[kept], self._gap[kept] = x_adv[nearer], distance[nearer], gap[nearer]
+        self.x_adv[kept], self.distance[kept], self._found[kept] = x_adv[nearer], distance[nearer], gap[nearer]
         self._done[kept] = self.threat.contains(x_adv[nearer], self.x[kept])
         return fooled, ~self._done[rows]
 
     def closer(self, model: Model, looks: int = 5) -> Images:
         """What was found, each drawn towards x along the line between them as far as it stays misclassified.
 
-        The boundary is looked for by false position (the Illinois variant), with ``looks`` forward passes.
+        The boundary on this line is looked for by false position (the Illinois variant), with ``looks`` forward passes.
         """
-        rows = self.remaining()
-        rows = rows[self.distance[rows] < torch.inf]
+        rows = (~self._done & self.distance.isfinite()).nonzero().squeeze(1)
+        if not len(rows):
+            return self.x_adv
         x, y, delta = self.x[rows], self.y[rows], self.x_adv[rows] - self.x[rows]
-        low, high = torch.zeros_like(self._gap[rows]), torch.ones_like(self._gap[rows])
-        below, above = self._gap_clean[rows], self._gap[rows]
-        last = torch.zeros_like(low, dtype=torch.int)
-        for _ in range(looks if len(rows) else 0):
-            at = low + (high - low) * (below / (below - above)).nan_to_num(0.5).clamp(0.01, 0.99)
-            gap = _gap(answer(model, (x + at[:, None, None, None] * delta).clamp_(0, 1)), y)
+        below, above = self._clean[rows], self._found[rows]
+        low, high = torch.zeros_like(below), torch.ones_like(above)
+        last = torch.zeros_like(below)
+        for _ in range(looks):
+            at = low + (high - low) * (below / (below - above)).clamp_(0.01, 0.99)
+            gap = _gap(answer(model, torch.addcmul(x, delta, at[:, None, None, None]).clamp_(0, 1)), y)
             fooled = gap > 0
-            low, high = torch.where(fooled, low, at), torch.where(fooled, at, high)
-            side = torch.where(fooled, 1, -1).int()
-            again = side == last
-            # An end that stays twice is weighed by half, so that the other one comes to it.
-            below = torch.where(fooled, torch.where(again, below / 2, below), gap)
-            above = torch.where(fooled, gap, torch.where(again, above / 2, above))
+            side = torch.where(fooled, 1.0, -1.0)
+            # An end that stays twice counts half, so that the next look is nearer to it.
+            half = torch.where(side == last, 0.5, 1.0)
+            low, below = torch.where(fooled, low, at), torch.where(fooled, below * half, gap)
+            high, above = torch.where(fooled, at, high), torch.where(fooled, gap, above * half)
             last = side
-        self.x_adv[rows] = (x + high[:, None, None, None] * delta).clamp_(0, 1)
+        self.x_adv[rows] = torch.addcmul(x, delta, high[:, None, None, None]).clamp_(0, 1)
         return self.x_adv
+
+
+def narrow(stays: Bool[Tensor, " b"], *tensors: Tensor) -> Sequence[Tensor]:
+    """Of each tensor, the rows that stay."""
+    if bool(stays.all()):
+        return tensors
+    index = stays.nonzero().squeeze(1)
+    return [tensor[index] for tensor in tensors]
 
 
 def _gap(logits: Logits, y: Labels) -> PerImage:

@@ -247,10 +247,9 @@ class _Work:
         queries = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
         if each.source is not None:
             model = self.surrogates[each.source].victim.model
-        elif each.access == "answers":
+        elif each.counted:
             model = victim.forward
-            if each.counted:
-                options["queries"] = queries
+            options["queries"] = queries
         elif each.access == "features":
             guides = self.guides()
             options |= {"guides": guides.x, "guide_y": guides.y}

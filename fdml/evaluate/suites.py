@@ -8,6 +8,7 @@ from functools import partial
 from fdml.attacks import ATTACKS, FEATURES, QUERIES
 from fdml.errors import InputError, unknown
 
+CONTROLS = ("noise", "spatial")
 HELPED = ("fab-t",)
 OUTSIDE = ("spatial",)
 PROTOCOLS = ("white", "gray", "black", "control")
@@ -27,7 +28,7 @@ class Step:
     def access(self) -> str:
         """What it uses of the model: its gradient, its answers alone, or its features too."""
         base = self.name.partition("@")[0]
-        return "answers" if base in QUERIES else "features" if base in FEATURES else "gradient"
+        return "answers" if base in (*QUERIES, *CONTROLS) else "features" if base in FEATURES else "gradient"
 
     @property
     def counted(self) -> bool:
@@ -111,7 +112,7 @@ CASCADES: dict[str, tuple[str, tuple[str, ...]]] = {
     "fast": ("fast cascade", ("apgd-ce", "apgd-t3", "square1000")),
 }
 
-_KINDS = {"fgsm": "one-step", "r-fgsm": "one-step", "noise": "control", "spatial": "control"} | dict.fromkeys(
+_KINDS = {"fgsm": "one-step", "r-fgsm": "one-step"} | dict.fromkeys(CONTROLS, "control") | dict.fromkeys(
     QUERIES, "query"
 )
 
@@ -187,7 +188,7 @@ def entries(
     if attacks:
         found = [entry(name) for name in attacks]
         for one in found:
-            if not gradients and any(s.access != "answers" and one.kind != "control" for s in one.steps):
+            if not gradients and any(s.access != "answers" for s in one.steps):
                 raise InputError(
                     f"attack {one.name!r} needs gradients, which the model has not: take {', '.join(QUERIES)}"
                 )

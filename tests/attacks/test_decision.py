@@ -62,12 +62,14 @@ class Counted:
 @each_norm
 def test_on_a_linear_model_it_comes_near_the_shortest_way(norm: str) -> None:
     model = net(2, hidden=False)
+    layer = model[1]
+    assert isinstance(layer, nn.Linear)
     with torch.no_grad():
-        model[1].bias.zero_()
-        model[1].weight -= model[1].weight.mean(1, keepdim=True)
+        layer.bias.zero_()
+        layer.weight -= layer.weight.mean(1, keepdim=True)
     x = 0.4 + 0.2 * images(16)
     y = answers(model, x)
-    w = model[1].weight.detach()[1] - model[1].weight.detach()[0]
+    w = (layer.weight[1] - layer.weight[0]).detach()
     shortest = margin(model(x), y).detach().neg() / (w.abs().sum() if norm == "linf" else w.norm())
     excess = []
     for budget in (300, 4000):
@@ -157,6 +159,30 @@ def test_enough_is_enough(norm: str) -> None:
     x_adv = within(hopskipjump)(model, x, y, threat, budget=600, generator=streams(12))
     assert threat.contains(x_adv, x).all()
     assert torch.equal(answers(model, x_adv)[done] != y[done], torch.ones(int(done.sum()), dtype=torch.bool))
+
+
+def test_what_is_near_enough_stays_so() -> None:
+    model = net()
+    x = images(1)
+    y = answers(model, x)
+    run = partial(hopskipjump, model, x, y, "l2", budget=600)
+    enough = far(run(generator=streams(1)), x, "l2").item() / 1.0005
+    found = run(enough=enough, generator=streams(1))
+    assert 0.999 * enough < far(found, x, "l2").item() <= enough * (1 + 1e-12)
+
+
+def test_steps_are_halved_until_they_end_well() -> None:
+    def model(x: Tensor) -> Tensor:
+        """Class 1 in a thin slab alone."""
+        inside = 0.03 - (x.mean((1, 2, 3)) - 0.53).abs()
+        return torch.stack([-inside, inside], 1)
+
+    x, y = torch.full((4, 1, 4, 4), 0.2, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    starts = torch.zeros_like(x)
+    starts[:, :, :2], starts[:, :, 2:] = 0.96, 0.1
+    x_adv = hopskipjump(model, x, y, "l2", budget=2000, starts=starts, generator=streams(4))
+    assert (answers(model, x_adv) == 1).all()
+    assert (far(x_adv, x, "l2") < 1.1 * 0.3 * 4).all()
 
 
 def test_begins_from_starts_where_these_are_misclassified() -> None:

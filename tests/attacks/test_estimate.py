@@ -60,12 +60,14 @@ class Counted:
 @each_norm
 def test_on_a_linear_model_the_boundary_is_reached(attack: Callable[..., Images], norm: str) -> None:
     model = net(2, hidden=False)
+    layer = model[1]
+    assert isinstance(layer, nn.Linear)
     with torch.no_grad():
-        model[1].bias.zero_()
-        model[1].weight -= model[1].weight.mean(1, keepdim=True)
+        layer.bias.zero_()
+        layer.weight -= layer.weight.mean(1, keepdim=True)
     x = 0.4 + 0.2 * images(40)
     y = answers(model, x)
-    w = model[1].weight.detach()[1] - model[1].weight.detach()[0]
+    w = (layer.weight[1] - layer.weight[0]).detach()
     gap = margin(model(x), y).detach().neg()
     shortest = gap / (w.abs().sum() if norm == "linf" else w.norm())
     eps = shortest.median().item()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdml.attacks.apgd_l1 import project_l1
+from fdml.attacks.square import _halvings as halvings
 from fdml.attacks.square import square
 from fdml.errors import InputError
 from fdml.losses import cross_entropy, margin
@@ -86,7 +87,13 @@ def published(
     The points that it ends with, and how many proposals were new to the image.
     """
     n, c, h, w = x.shape
-    judge = lambda points: (objective(model(points), y), margin(model(points), y) > 0)  # noqa: E731
+
+    def judge(points: Tensor) -> tuple[Tensor, Tensor]:
+        return objective(model(points), y), margin(model(points), y) > 0
+
+    def corner(side: int) -> tuple[int, int]:
+        return int(torch.rand(1) * (h - side)), int(torch.rand(1) * (w - side))
+
     if norm == "linf":
         best = (x + eps * (2 * torch.rand(n, c, 1, w) - 1).sign()).clamp(0, 1)
     else:
@@ -105,8 +112,7 @@ def published(
         p = 0.8 / 2 ** sum(step > end for end in (10, 50, 200, 500, 1000, 2000, 4000))
         s = max(round(math.sqrt(p * h * w)), 1 if norm == "linf" else 3)
         s = min(s if norm == "linf" or s % 2 else s + 1, h, w)
-        corner = lambda: (int(torch.rand(1) * (h - s)), int(torch.rand(1) * (w - s)))  # noqa: B023, E731
-        (top, left), new = corner(), best.clone()
+        (top, left), new = corner(s), best.clone()
         if norm == "linf":
             sign = (2 * torch.rand(c, 1, 1) - 1).sign()
             for i in stands:
@@ -114,7 +120,7 @@ def published(
                 step_to[:, top : top + s, left : left + s] += 2 * eps * sign
                 new[i] = step_to.clamp(x[i] - eps, x[i] + eps).clamp(0, 1)
         else:
-            top2, left2 = corner()
+            top2, left2 = corner(s)
             eta = bump(s, norm)
             signs = (2 * torch.rand(len(stands), c, 1, 1) - 1).sign()
             for i, sign in zip(stands, signs, strict=True):
@@ -250,6 +256,14 @@ def test_the_schedule_is_stretched_to_the_budget() -> None:
     assert sizes[0] <= round(math.sqrt(0.8 / 64 * 1024)) ** 2 < sizes[1] <= round(math.sqrt(0.8 / 8 * 1024)) ** 2
 
 
+def test_the_schedule_is_the_published_one() -> None:
+    published = [10, 50, 200, 500, 1000, 2000, 4000]
+    steps = [*published, *(step + 1 for step in published)]
+    assert [halvings(step, 5000) for step in steps] == [*range(7), *range(1, 8)]
+    # Of 10,000 proposals, twice as many come before each of them.
+    assert [halvings(2 * step, 10000) for step in steps] == [*range(7), *range(1, 8)]
+
+
 @each_norm
 @pytest.mark.parametrize("shape", [(1, 2, 3), (3, 4, 4), (1, 9, 6), (1, 6, 14), (1, 14, 14)], ids=str)
 @pytest.mark.parametrize("classes", [2, 3])
@@ -267,7 +281,10 @@ def test_inside_the_threat_for_any_shape(norm: str, shape: tuple[int, int, int],
 def test_squares_of_an_image_s_own_reach_the_last_row_and_column() -> None:
     weight = torch.zeros(1, 4, 4, dtype=torch.float64)
     weight[:, 3], weight[:, :, 3] = torch.tensor([1.0, -1, 1, -1]), torch.tensor([-1.0, -1, 1, 1])
-    model = lambda x: torch.stack([torch.zeros(len(x), dtype=x.dtype), (weight * (x - 0.5)).sum((1, 2, 3)) - 0.68], 1)  # noqa: E731
+
+    def model(x: Tensor) -> Tensor:
+        return torch.stack([torch.full((len(x),), 0.68), (weight * (x - 0.5)).sum((1, 2, 3))], 1)
+
     x, y = torch.full((4, 1, 4, 4), 0.5, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
     # Seven pixels count, and each must move by the whole of eps.
     assert (answers(model, square(model, x, y, Threat("linf", 0.1), budget=400, generator=streams(4))) == 1).all()
@@ -289,6 +306,21 @@ def test_restarts_go_on_with_what_stands() -> None:
     assert fooled[0].sum() < fooled[1].sum()
     assert torch.equal(spent[0][fooled[0]], spent[1][fooled[0]])
     assert spent[1].max() <= 4 * 20
+
+
+def test_a_misclassified_point_is_returned_whatever_the_objective_says() -> None:
+    model = net()
+    x = images(16)
+    y = answers(model, x)
+
+    def indifferent(logits: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(y, dtype=logits.dtype)
+
+    options = {"objective": indifferent, "generator": streams(16)}
+    x_adv = square(model, x, y, Threat("linf", 2 * EPS["linf"]), budget=60, **options)
+    fooled = answers(model, x_adv) != y
+    assert fooled.any()
+    assert torch.equal(fooled, (x_adv != x).flatten(1).any(1))
 
 
 def test_a_misclassified_image_is_returned_as_it_is() -> None:
