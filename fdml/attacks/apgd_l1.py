@@ -139,9 +139,9 @@ def _run(
         top_value=value,
         top_grad=grad.clone(),
         step=torch.full((len(x), 1, 1, 1), eps, dtype=x.dtype, device=x.device),
-        # The published code goes by the start's moved pixels where it is no random one, which counts pixels that its
-        # projection moved by a rounding: too few without them, and weaker.
-        count=torch.full_like(rows, -(-pixels // 5)),
+        # In the smaller balls the published code asks for two thirds of the start's moved pixels, and counts those that
+        # rounding moved: without them it would be too sparse, and weaker than this.
+        count=torch.full_like(rows, pixels // 5),
         moved=torch.full_like(rows, pixels),
     )
     for index in range(1, steps + 1):
@@ -164,7 +164,7 @@ def _run(
         if index % interval == 0:
             moved = _moved(s.top, s.x)
             sparser = (moved < 0.95 * s.moved)[:, None, None, None]
-            # Two thirds of two, rounded up, would be two for ever.
+            # Two thirds of two, rounded up, would stay two.
             s.count = torch.minimum((2 * moved + 2) // 3, moved - 1).clamp_(min=1)
             s.moved = moved
             s.step = torch.where(sparser, eps, (s.step / 1.5).clamp_(min=eps / 10))
@@ -181,4 +181,5 @@ def _direction(grad: Images, count: Int[Tensor, " b"]) -> Images:
 
 
 def _moved(x_adv: Images, x: Images) -> Int[Tensor, " b"]:
-    return (x_adv != x).flatten(1).sum(1)
+    """How many pixels moved, by more than a rounding."""
+    return ((x_adv - x).abs() > 1e-6).flatten(1).sum(1)

@@ -63,16 +63,23 @@ _STRETCH = 0.8
 """The tanh of w that stands for a white pixel."""
 
 
+WARM=True
+FRAC=.3
+LAST=.01
+
 def _descend(model: Model, nearest: Nearest, c: PerImage, steps: int, step_size: float) -> Bool[Tensor, " b"]:
     """One round, which shows ``nearest`` all that it visits; for each image, whether the model was fooled."""
     ever = torch.zeros_like(c, dtype=torch.bool)
     rows = nearest.remaining()
     x, y, c = nearest.x[rows], nearest.y[rows], c[rows]
-    tanh = (2 * x - 1) * _STRETCH
+    begin = nearest.x_adv[rows] if WARM else x
+    tanh = (2 * begin - 1) * _STRETCH
+    dist0 = nearest.distance[rows]
+    size = (FRAC * 2 / _STRETCH * dist0 / x[0].numel()**.5).clamp(max=step_size) if FRAC else torch.full_like(c, step_size)
     w = tanh.atanh()
     largest = torch.atanh(torch.tensor(_STRETCH)).item()
     first, second = torch.zeros_like(w), torch.zeros_like(w)
-    x_adv, loss = x, torch.full_like(c, torch.inf)
+    x_adv, loss = begin, torch.full_like(c, torch.inf)
     interval = max(1, steps // 10)
     for step in range(1, steps + 1):
         if not len(rows):
@@ -84,16 +91,16 @@ def _descend(model: Model, nearest: Nearest, c: PerImage, steps: int, step_size:
         if step % interval == 1 or interval == 1:
             before, loss = loss, distance.square() + c * (-value).clamp_(min=0)
             going &= loss < 0.9999 * before
-        rows, x, y, c, x_adv, tanh, w, first, second, loss, value, grad = narrow(
-            going, rows, x, y, c, x_adv, tanh, w, first, second, loss, value, grad
+        rows, x, y, c, x_adv, tanh, w, first, second, loss, size, value, grad = narrow(
+            going, rows, x, y, c, x_adv, tanh, w, first, second, loss, size, value, grad
         )
         grad = 2 * (x_adv - x) - grad * torch.where(value <= 0, c, 0)[:, None, None, None]
         grad.mul_(1 - tanh.square())
         # Adam, whose step knows no scale: the constant factor of the derivative may be left out.
         first.mul_(0.9).add_(grad, alpha=0.1)
         second.mul_(0.999).addcmul_(grad, grad, value=0.001)
-        rate = step_size * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
-        w = torch.addcdiv(w, first, second.sqrt().add_(1e-12), value=-rate).clamp_(-largest, largest)
+        rate = (LAST+(1-LAST)*(1-step/steps)) * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+        w = (w - (rate * size)[:,None,None,None] * first / second.sqrt().add_(1e-12)).clamp_(-largest, largest)
         tanh = w.tanh()
         x_adv = ((tanh / _STRETCH + 1) / 2).clamp_(0, 1)
     fooled, _ = nearest.see(rows, x_adv, nearest.threat.distance(x_adv, x), answer(model, x_adv))

@@ -52,16 +52,20 @@ def fmn(
 
 
 class _Schedule(NamedTuple):
-    step: float
-    """The first step, in radii; the last is a hundredth of it."""
+    first: float
+    last: float
+    """The first step and the last, in radii."""
     inverse: float
-    """The last 1/q; where 1 is meant, short of it: a single pixel at a time is too few."""
+    """The last 1/q: for l1 just short of 1, since a single pixel at a time is too few."""
     until: float
     """The share of the steps after which 1/q is the last."""
 
 
-_SCHEDULES = {"linf": _Schedule(0.5, 0.0, 1.0), "l2": _Schedule(2.0, 0.5, 0.7), "l1": _Schedule(1.0, 0.9, 1.0)}
-END = {"linf":.01,"l2":.01,"l1":.01}
+_SCHEDULES = {
+    "linf": _Schedule(0.5, 0.005, 0.0, 1.0),
+    "l2": _Schedule(2.0, 0.02, 0.5, 0.7),
+    "l1": _Schedule(1.0, 0.3, 0.98, 1.0),
+}
 _RATES = 0.1, 0.001
 """By what share the radius changes in the first step, and in the last."""
 _SPARSE = 0.3
@@ -95,7 +99,7 @@ def search(model: Model, nearest: Nearest, steps: int, objective: Objective, ann
         radius = torch.where(fooled, torch.minimum(radius * (1 - rate), best), wider)
         radius = radius.clamp(min=nearest.threat.eps).minimum(largest)
         inverse = schedule.inverse * (min(1.0, step / (schedule.until * steps)) if annealed else 1.0)
-        size = schedule.step * (END[norm] + (1-END[norm]) * cosine) * radius
+        size = (schedule.last + (schedule.first - schedule.last) * cosine) * radius
         delta = x_adv - x + _steepest(x_adv, grad, norm, inverse) * size[:, None, None, None]
         x_adv = (x + _onto(delta, radius, norm, inverse)).clamp_(0, 1)
         distance = nearest.threat.distance(x_adv, x)

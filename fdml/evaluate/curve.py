@@ -37,26 +37,26 @@ def curve(
     """Which images stand at each eps, under PGD of ``steps`` steps: monotone by construction, and exactly so.
 
     What is fooled at an eps is fooled at every larger one, whose ball holds the same image: it is carried upward and
-    not attacked again. One that stands is attacked from where the last eps left it for half of the steps, then from a
-    random point for the rest. ``standing`` are the images that the model answers rightly, where that is known.
+    not attacked again. One that stands is attacked from the perturbation that the last eps left, stretched to the new
+    ball; at the first eps from a random point. ``standing`` are the images that the model answers rightly, where that
+    is known.
 
-    Raises ``InputError`` for values that do not rise or for fewer than two steps.
+    Raises ``InputError`` for values that do not rise or for fewer than one step.
     """
-    if steps < 2 or any(b <= a for a, b in pairwise(epsilons)):
-        raise InputError(f"a curve needs rising eps values and at least 2 steps, got {tuple(epsilons)}, steps={steps}")
+    if steps < 1 or any(b <= a for a, b in pairwise(epsilons)):
+        raise InputError(f"a curve needs rising eps values and at least 1 step, got {tuple(epsilons)}, steps={steps}")
     stands = predictions(model, x) == y if standing is None else standing.clone()
     found = torch.empty(len(epsilons), len(x), dtype=torch.bool, device=x.device)
-    x_adv = x.clone()
+    x_adv, last = x.clone(), 0.0
     for place, eps in enumerate(epsilons):
-        threat = Threat(norm, eps)
-        for warm in (True, False):
-            left = stands.nonzero().squeeze(1)
-            if eps == 0 or not len(left):
-                break
-            start = x_adv[left] if warm else threat.random(x[left], take(generator, left))
-            half = steps // 2
-            size = 2.5 * eps / half
-            x_adv[left] = pgd(model, x[left], y[left], threat, steps=half, step_size=size, start=start)
+        left = stands.nonzero().squeeze(1)
+        if eps > 0 and len(left):
+            threat, clean = Threat(norm, eps), x[left]
+            if last:
+                start = threat.project(clean + (x_adv[left] - clean) * (eps / last), clean)
+            else:
+                start = threat.random(clean, take(generator, left))
+            x_adv[left] = pgd(model, clean, y[left], threat, steps=steps, start=start)
             stands[left] = predictions(model, x_adv[left]) == y[left]
-        found[place] = stands
+        found[place], last = stands, eps
     return found

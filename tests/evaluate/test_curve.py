@@ -38,9 +38,9 @@ def test_what_fell_is_not_looked_at_again() -> None:
         seen.append(len(x))
         return bright(x)
 
-    curve(watched, X[:2], Y[:2], "linf", (0.1, 0.2, 0.3))
+    curve(watched, X[:2], Y[:2], "linf", (0.1, 0.2, 0.3), generator=Streams.of(torch.arange(2), 0))
     before = len(seen)
-    curve(watched, X[:2], Y[:2], "linf", (0.1,))
+    curve(watched, X[:2], Y[:2], "linf", (0.1,), generator=Streams.of(torch.arange(2), 0))
     assert len(seen) == 2 * before
 
 
@@ -54,7 +54,7 @@ def test_the_points_around_a_threat() -> None:
     assert around(0.8, "l2")[-1] == pytest.approx(1.6)
 
 
-@pytest.mark.parametrize(("epsilons", "steps"), [((0.1, 0.1), 20), ((0.2, 0.1), 20), ((0.1,), 1)])
+@pytest.mark.parametrize(("epsilons", "steps"), [((0.1, 0.1), 20), ((0.2, 0.1), 20), ((0.1,), 0)])
 def test_mistakes(epsilons: tuple[float, ...], steps: int) -> None:
     with pytest.raises(InputError, match="rising"):
         curve(bright, X, Y, "linf", epsilons, steps=steps)
