@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fdml.attacks.fmn import search
-from fdml.attacks.objective import Model, answer, look
+from fdml.attacks.objective import Model, answer, check, look
 from fdml.attacks.projection import DUAL, length
 from fdml.attacks.within import Nearest, narrow
 from fdml.errors import InputError
@@ -43,6 +43,7 @@ def alma(
     if norm not in _RATE:
         raise InputError(f"alma supports {' and '.join(_RATE)}, got {norm}")
     first, second = steps // 4, 3 * steps // 20
+    check(x, y)
     with inference(model):
         if first:
             search(model, nearest, first, margin, annealed=True)

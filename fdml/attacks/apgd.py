@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdml.attacks.apgd_l1 import climb_l1
-from fdml.attacks.objective import Best, Model, Objective, answer, look, objective_of
+from fdml.attacks.objective import Best, Model, Objective, answer, check, look, objective_of
 from fdml.errors import InputError, unknown
 from fdml.inference import inference
 from fdml.losses import Labels, PerImage, cross_entropy, margin, targeted_dlr
@@ -47,6 +47,7 @@ def apgd(
         raise unknown("keep", keep, ("first", "best"))
     ascends = objective_of(objective)
     climb = partial(climb_l1, wide=wide) if threat.norm == "l1" else _climb
+    check(x, y)
     with inference(model):
         best = Best(x)
         rows = torch.arange(len(x), device=x.device)
@@ -89,6 +90,7 @@ def apgd_targeted(
     if objective not in TARGETED:
         raise unknown("targeted objective", objective, TARGETED)
     climb = partial(climb_l1, wide=wide) if threat.norm == "l1" else _climb
+    check(x, y)
     with inference(model):
         clean = answer(model, x)
         # In the order of the logits, as the published code has it: y is the first where the model is right.

@@ -23,7 +23,6 @@ def project_l1(x_adv: Images, x: Images, eps: float) -> Images:
     room = sign.clamp(min=0).sub_(x.flatten(1)).abs_()
     size = torch.minimum(size.sub(_level(size, size - room, eps)).clamp_(min=0), room)
     # The level is rounded, once for every pixel: what that leaves outside the ball goes by scale.
-    size *= (eps / size.sum(1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
     return (x + (sign * size).view_as(x)).clamp_(0, 1)
 
 
@@ -141,7 +140,7 @@ def _run(
         step=torch.full((len(x), 1, 1, 1), eps, dtype=x.dtype, device=x.device),
         # In the smaller balls the published code asks for two thirds of the start's moved pixels, and counts those that
         # rounding moved: without them it would be too sparse, and weaker than this.
-        count=torch.full_like(rows, pixels // 5),
+        count=torch.full_like(rows, -(-pixels // 5)),
         moved=torch.full_like(rows, pixels),
     )
     for index in range(1, steps + 1):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdml.attacks.objective import Best, Model, answer
+from fdml.attacks.objective import Best, Model, answer, check
 from fdml.errors import InputError
 from fdml.inference import inference
 from fdml.losses import Labels, margin
@@ -78,6 +78,7 @@ def spatial(
 def _worst(model: Model, x: Images, y: Labels, changes: Iterator[Change]) -> Images:
     best = Best(x)
     rows = torch.arange(len(x), device=x.device)
+    check(x, y)
     with inference(model), torch.no_grad():
         best.see(rows, x, margin(answer(model, x), y))
         for change in changes:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from fdml.attacks.objective import Model, answer, look
+from fdml.attacks.objective import Model, answer, check, look
 from fdml.attacks.within import Nearest, narrow
 from fdml.errors import InputError
 from fdml.inference import inference
@@ -47,6 +47,7 @@ def cw(
     if not 0 < step_size < float("inf"):
         raise InputError(f"step_size must be a finite number above 0, got {step_size}")
     nearest = Nearest(x, y, norm, enough)
+    check(x, y)
     with inference(model):
         logits, value, grad = look(model, nearest.x, y, margin)
         nearest.see(nearest.remaining(), nearest.x, torch.zeros_like(value), logits)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fdml.attacks.objective import CHUNK, Model, answer
+from fdml.attacks.objective import CHUNK, Model, answer, check
 from fdml.errors import InputError
 from fdml.inference import inference
 from fdml.losses import Labels
@@ -63,6 +63,7 @@ def hopskipjump(
     if starts is not None and starts.shape != x.shape:
         raise InputError(f"starts must be one an image, {tuple(x.shape)}, got {tuple(starts.shape)}")
     x_adv = x.detach().clone()
+    check(x, y)
     with inference(model), torch.inference_mode():
         # The last query is for the point that is returned.
         oracle = _Oracle(model, y, budget - 1)

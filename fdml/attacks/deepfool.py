@@ -3,7 +3,7 @@
 import torch
 
 from fdml.attacks.fab import likely, nearest_boundary
-from fdml.attacks.objective import Model, answer
+from fdml.attacks.objective import Model, answer, check
 from fdml.attacks.projection import DUAL, length
 from fdml.errors import InputError
 from fdml.inference import inference
@@ -39,6 +39,7 @@ def deepfool(
         raise InputError(f"deepfool supports linf and l2, got {norm}")
     if steps < 1 or candidates < 2:
         raise InputError(f"steps must be at least 1 and candidates at least 2, got {steps} and {candidates}")
+    check(x, y)
     with inference(model), torch.no_grad():
         logits = answer(model, x)
         classes = likely(logits, y)[:, : candidates - 1]

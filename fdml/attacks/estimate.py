@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fdml.attacks.objective import CHUNK, Model, Objective, answer, objective_of
+from fdml.attacks.objective import CHUNK, Model, Objective, answer, check, objective_of
 from fdml.errors import InputError
 from fdml.inference import inference
 from fdml.losses import Labels, margin
@@ -119,6 +119,7 @@ def _climb(
         raise InputError(f"sigma must be above 0, got {sigma}")
     ascends = objective_of(objective)
     x_adv = x.detach().clone()
+    check(x, y)
     with inference(model), torch.inference_mode():
         best = margin(answer(model, x), y)
         if queries is not None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fdml.attacks.objective import CHUNK, Model, answer
+from fdml.attacks.objective import CHUNK, Model, answer, check
 from fdml.attacks.projection import DUAL, TO_HYPERPLANE, length
 from fdml.errors import InputError, unknown
 from fdml.inference import inference
@@ -68,6 +68,7 @@ def fab(
     limit = 0.0 if enough is None else enough
     reach = (RADIUS[norm] if eps is None else eps) / 2
     walk = partial(_walk, model, forward, norm=norm, steps=steps, alpha_max=alpha_max, eta=eta, beta=beta, limit=limit)
+    check(x, y)
     with inference(model), inference(forward), torch.no_grad():
         logits = answer(forward, x)
         best = x.clone()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fdml.attacks.objective import CHUNK, Best, Objective, answer, objective_of
+from fdml.attacks.objective import CHUNK, Best, Objective, answer, check, objective_of
 from fdml.errors import InputError, unknown
 from fdml.inference import inference
 from fdml.losses import Labels, Logits, margin
@@ -76,6 +76,7 @@ def feature(
     """
     if targets < 1:
         raise InputError(f"targets must be at least 1, got {targets}")
+    check(x, y)
     with inference(model):
         clean, known = _both(model, x, y, guides, guide_y)
         layers = clean.layers(layer)
@@ -120,6 +121,7 @@ def metric(
     """
     if restarts < 1:
         raise InputError(f"restarts must be at least 1, got {restarts}")
+    check(x, y)
     with inference(model):
         clean, known = _both(model, x, y, guides, guide_y)
         name = list(clean.taps)[-1] if layer is None else clean.layers(layer)[0]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fdml.attacks.objective import Model, Objective, answer, look, objective_of
+from fdml.attacks.objective import Model, Objective, answer, check, look, objective_of
 from fdml.attacks.projection import DUAL, length
 from fdml.attacks.within import Nearest, narrow
 from fdml.errors import InputError
@@ -46,6 +46,7 @@ def fmn(
         raise InputError(f"steps must be at least 1, got {steps}")
     nearest = Nearest(x, y, norm, enough)
     ascends = objective_of(objective)
+    check(x, y)
     with inference(model):
         search(model, nearest, steps, ascends, annealed)
         return nearest.closer(model)

@@ -6,7 +6,7 @@ were. ``model`` is any callable from images (b, c, h, w) in [0, 1] to logits (b,
 
 import torch
 
-from fdml.attacks.objective import Best, Model, Objective, answer, look, objective_of
+from fdml.attacks.objective import Best, Model, Objective, answer, check, look, objective_of
 from fdml.errors import InputError, unknown
 from fdml.inference import inference
 from fdml.losses import Labels, Logits, PerImage, cross_entropy, kl_divergence, margin
@@ -27,6 +27,7 @@ def fgsm(
     """One step of length eps (Goodfellow et al. 2015, section 4); with ``random_start``, R-FGSM (Wong et al. 2020) of
     step 1.25 eps from a random point, projected."""
     start = threat.random(x, generator) if random_start else x
+    check(x, y)
     with inference(model):
         _, _, grad = look(model, start, y, objective_of(objective))
     return threat.project(threat.ascend(start, grad, threat.eps * (1.25 if random_start else 1.0)), x)
@@ -98,6 +99,8 @@ def pgd(
             "the kl objective leaves the clean answer, it cannot approach a target: take ce, margin or dlr"
         )
     labels = y if target is None else target
+    if keep != "last":  # training knows its own images, and a check would wait for a GPU
+        check(x, y)
     with inference(model):
         ascends, reference = (_kl_from, answer(model, x)) if objective == "kl" else (objective_of(objective), labels)
         fooled: Objective = margin

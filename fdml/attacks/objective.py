@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fdml.errors import unknown
+from fdml.errors import InputError, unknown
 from fdml.losses import Logits, PerImage, cross_entropy, dlr, margin
 from fdml.threat import Images
 
@@ -15,6 +15,23 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 OBJECTIVES: dict[str, Objective] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 """What an attack ascends, per image, by name."""
+
+
+def check(x: Tensor, y: Tensor) -> None:
+    """Raises ``InputError`` for what no attack can take: images that are not float (b, c, h, w) in [0, 1], labels that
+    are not one class index an image."""
+    if x.ndim != 4 or not x.is_floating_point():
+        raise InputError(f"images must be float (b, c, h, w) in [0, 1], got {x.dtype} {tuple(x.shape)}")
+    if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
+        raise InputError(f"labels must be whole numbers ({len(x)},), one an image, got {y.dtype} {tuple(y.shape)}")
+    if not len(x):
+        return
+    low, high = x.aminmax()
+    if not (low >= 0 and high <= 1):
+        hint = "; divide 8-bit pixels by 255" if high > 1 else ""
+        raise InputError(f"images must be in [0, 1], got values from {float(low):g} to {float(high):g}{hint}")
+    if y.min() < 0:
+        raise InputError(f"labels must be at least 0, got {int(y.min())}")
 
 
 def objective_of(objective: str | Objective) -> Objective:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fdml.attacks.apgd_l1 import project_l1
-from fdml.attacks.objective import Model, Objective, answer, objective_of
+from fdml.attacks.objective import Model, Objective, answer, check, objective_of
 from fdml.errors import InputError
 from fdml.inference import inference
 from fdml.losses import Labels, PerImage, margin
@@ -62,6 +62,7 @@ def square(
     proposals = budget - 2
     shares = [p / 2 ** _halvings(step, proposals if rescale else _SCHEDULED) for step in range(proposals)]
     x_adv = x.detach().clone(memory_format=torch.contiguous_format)
+    check(x, y)
     with inference(model), torch.inference_mode():
         value, fooled = _judge(model, x, y, ascends)
         if queries is not None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdml.attacks.objective import Model, Objective, look, objective_of
+from fdml.attacks.objective import Model, Objective, check, look, objective_of
 from fdml.errors import InputError
 from fdml.inference import inference
 from fdml.losses import Labels
@@ -39,6 +39,7 @@ def mi_fgsm(
     """
     _check(threat, steps, step_size, decay)
     ascends = objective_of(objective)
+    check(x, y)
     with inference(model):
         return _climb(lambda x_adv: look(model, x_adv, y, ascends)[2], x, threat, steps, step_size, decay)
 
@@ -90,6 +91,7 @@ def di_ti(
         outer = look(model, diverse, y, ascends)[2]
         return _smooth(torch.autograd.grad(diverse, source, outer)[0], kernel)
 
+    check(x, y)
     with inference(model):
         return _climb(gradient, x, threat, steps, step_size, decay)
 
