@@ -191,7 +191,7 @@ def standard(b: Bench) -> list[tuple[str, Callable]]:
         ("apgd-ce", lambda x, y, generator: apgd(model, x, y, threat, generator=generator)),
         ("apgd-t", lambda x, y, generator: apgd_targeted(model, x, y, threat, generator=generator)),
         ("fab-t", lambda x, y, generator: minimal(model, x, y, threat, generator=generator)),
-        ("square", lambda x, y, generator: square(forward, x, y, threat, generator=generator)),
+        ("square", lambda x, y, generator: square(forward, x, y, threat, budget=5002, generator=generator)),
     ]
 
 
@@ -250,7 +250,7 @@ def bench_square(b: Bench, bars: str) -> None:
             b.stock, p_init=0.8, n_queries=5000, eps=b.threat.eps, norm=NORM[b.threat.norm], n_restarts=1, seed=0,
             verbose=False, device="cpu", resc_schedule=False,
         )  # fmt: skip
-        ours = partial(square, b.victim.forward, b.x, b.y, b.threat)
+        ours = partial(square, b.victim.forward, b.x, b.y, b.threat, budget=5002)
         peers = {"auto-attack": lambda: one.perturb(b.x, b.y)}
         b.compare("Square, 5,000 queries", bars, lambda: ours(generator=b.streams()), peers, rounds=min(b.rounds, 2))
         b.compare("Square, --rng reference", bars, lambda: ours(generator=b.reference()), peers, rounds=1)

@@ -23,6 +23,7 @@ def project_l1(x_adv: Images, x: Images, eps: float) -> Images:
     room = sign.clamp(min=0).sub_(x.flatten(1)).abs_()
     size = torch.minimum(size.sub(_level(size, size - room, eps)).clamp_(min=0), room)
     # The level is rounded, once for every pixel: what that leaves outside the ball goes by scale.
+    size *= (eps / size.sum(1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
     return (x + (sign * size).view_as(x)).clamp_(0, 1)
 
 
