@@ -78,7 +78,7 @@ def shown(models: Mapping[str, RobustModel], x: Images, y: Labels, threat: Threa
     x, y, right = x[short], y[short], right[short]
     attacked = {}
     for name, model in models.items():
-        x_adv = pgd(model, x, y, threat, steps=STEPS, generator=torch.Generator(x.device).manual_seed(0))
+        x_adv = pgd(model, x, y, threat, steps=STEPS, keep="best", generator=torch.Generator(x.device).manual_seed(0))
         answer, confidence = _answers(model, x_adv)
         attacked[name] = Attacked(x_adv.cpu(), answer.cpu(), confidence.cpu())
     fallen = attacked["teacher"].answer != y.cpu() if "teacher" in attacked else torch.ones(len(y), dtype=torch.bool)

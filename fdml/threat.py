@@ -41,7 +41,7 @@ class Threat:
     def project(self, x_adv: Images, x: Images) -> Images:
         """The point of the threat model around ``x`` that is nearest to ``x_adv`` in the ball, clipped to [0, 1].
 
-        Exact for linf. For l2 and l1 the ball is projected on first and the box second, as all published attacks do;
+        Exact for linf. For l2 and l1 the ball is projected on first and the box second, as attacks in l2 usually do;
         the clipping never leaves the ball, because ``x`` is itself inside the box.
         """
         if self.norm == "linf":

@@ -64,6 +64,9 @@ ATTACKS: dict[str, Callable[..., Images]] = {
     "apgd-dlr": partial(apgd, steps=100, objective="dlr"),
     "apgd-t": partial(apgd_targeted, steps=100, targets=9),
     "apgd-t3": partial(apgd_targeted, steps=100, targets=3),
+    # In l1 the published cascade has these two in their place (Croce and Hein 2021).
+    "apgd-ce-x5": partial(apgd, steps=100, restarts=5),
+    "apgd-t5": partial(apgd_targeted, steps=100, targets=5),
     "fab-t": within(partial(fab, steps=100, targets=9, search=0)),
     # The published code counts neither the look at the clean image nor the start.
     "square": partial(square, budget=5002),

@@ -71,7 +71,7 @@ class Nearest:
         self._done[kept] = self.threat.contains(x_adv[nearer], self.x[kept])
         return fooled, ~self._done[rows]
 
-    def closer(self, model: Model, looks: int = 5) -> Images:
+    def closer(self, model: Model, looks: int = 6) -> Images:
         """What was found, each drawn towards x along the line between them as far as it stays misclassified.
 
         The boundary on this line is looked for by false position (the Illinois variant), with ``looks`` forward passes.

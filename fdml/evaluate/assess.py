@@ -198,7 +198,7 @@ class _Work:
                 )
         if "corruptions" in extras:
             found.append(Job("corruptions", 30, lambda start: self.corruptions(victim, start)))
-        if victim is self.victims[-1] and len(self.sources()) > 1:
+        if victim is self.victims[-1] and len(self.sources()) > 1 and self.plan.threat.norm != "l1":
             for name in self.sources():
                 found.append(Job(f"transfer from {name}", 30, lambda start, name=name: self.matrix(name, start)))
         return found

@@ -2,7 +2,7 @@
 suites."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from fdml.attacks import ATTACKS, FEATURES, QUERIES
@@ -85,6 +85,8 @@ LABELS: dict[str, str] = {
     "apgd-dlr": "APGD-DLR",
     "apgd-t": "APGD-T",
     "apgd-t3": "APGD-T, 3 targets",
+    "apgd-ce-x5": "APGD-CE, 5 restarts",
+    "apgd-t5": "APGD-T, 5 targets",
     "fab-t": "FAB-T",
     "square": "Square, 5,000",
     "square1000": "Square, 1,000",
@@ -112,8 +114,14 @@ CASCADES: dict[str, tuple[str, tuple[str, ...]]] = {
     "fast": ("fast cascade", ("apgd-ce", "apgd-t3", "square1000")),
 }
 
-_KINDS = {"fgsm": "one-step", "r-fgsm": "one-step"} | dict.fromkeys(CONTROLS, "control") | dict.fromkeys(
-    QUERIES, "query"
+AUTOATTACK_L1 = ("apgd-ce-x5", "apgd-t5", "fab-t", "square")
+"""The steps of the standard version in l1 (Croce and Hein 2021)."""
+
+NOT_L1 = ("mi-fgsm", "di-ti", "nes", "spsa", "hopskipjump", "deepfool")
+"""What a suite leaves out in l1, for which it is not defined."""
+
+_KINDS = (
+    {"fgsm": "one-step", "r-fgsm": "one-step"} | dict.fromkeys(CONTROLS, "control") | dict.fromkeys(QUERIES, "query")
 )
 
 _TRANSFER = ("mi-fgsm", "di-ti", "pgd50-transfer")
@@ -146,12 +154,14 @@ def step(name: str, source: str | None = None) -> Step:
     return Step(f"{name}@{source}" if source else name, LABELS.get(name, name), ATTACKS[name], source)
 
 
-def entry(name: str, protocol: str | None = None) -> Entry:
+def entry(name: str, protocol: str | None = None, norm: str = "linf") -> Entry:
     """The entry of an attack or a cascade, by its name; raises ``InputError`` for an unknown one."""
     kind = _KINDS.get(name, "white")
     protocol = protocol or {"query": "black", "control": "control"}.get(kind, "white")
     if name in CASCADES:
         label, steps = CASCADES[name]
+        if name == "autoattack" and norm == "l1":
+            steps = AUTOATTACK_L1
         return Entry(name, label, protocol, "white", tuple(step(each) for each in steps))
     only = step(name)
     return Entry(name, only.label, protocol, "iterative" if name.startswith("pgd") else kind, (only,))
@@ -186,7 +196,7 @@ def entries(
             raise unknown("protocol", protocol, CHOICES)
     found: list[Entry] = []
     if attacks:
-        found = [entry(name) for name in attacks]
+        found = [entry(name, norm=norm) for name in attacks]
         for one in found:
             if not gradients and any(s.access != "answers" for s in one.steps):
                 raise InputError(
@@ -195,7 +205,7 @@ def entries(
         return found
     wanted = set(protocols) | ({"transfer", "query"} if "black" in protocols else set())
     if "white" in wanted and gradients:
-        found += [entry(name) for name in _WHITE[suite] if features or name not in FEATURES]
+        found += [entry(name, norm=norm) for name in _WHITE[suite] if features or name not in FEATURES]
     if "gray" in wanted:
         found += [transferred(name, "gray") for name, protocol in surrogates.items() if protocol == "gray"]
     if "transfer" in wanted:
@@ -204,7 +214,13 @@ def entries(
         found += [entry(name) for name in _QUERY[suite]]
     if "control" in wanted:
         found += [entry(name) for name in _CONTROL[suite]]
-    return found
+    if norm != "l1":
+        return found
+    found = [
+        replace(one, steps=tuple(each for each in one.steps if each.name.partition("@")[0] not in NOT_L1))
+        for one in found
+    ]
+    return [one for one in found if one.steps]
 
 
 def describe() -> dict[str, str]:
