@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_a_label_that_the_model_does_not_answer_is_fooled_already(
         ({"label": "11"}, "class '11'"),
     ],
 )
-def test_mistakes(options: dict[str, str], message: str, model: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_mistakes(options: dict[str, Any], message: str, model: Path, pictures: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         craft(model, pictures, THREAT, tmp_path, **options)
     assert not list(tmp_path.iterdir())
