@@ -33,6 +33,7 @@ def within(attack: Callable[..., Images]) -> Callable[..., Images]:
         contained = threat.contains(found, x)[:, None, None, None]
         return torch.where(contained, found, threat.project(found, x))
 
+    inside.__dict__["minimal"] = attack  # a report lists its settings
     return inside
 
 
