@@ -9,7 +9,7 @@ from fdml.attacks.projection import DUAL, length
 from fdml.attacks.within import Nearest, narrow
 from fdml.errors import InputError
 from fdml.inference import inference
-from fdml.losses import Labels, PerImage, cross_entropy, dlr, margin
+from fdml.losses import Labels, PerImage, dlr, margin
 from fdml.randomness import Generator
 from fdml.threat import Images
 
@@ -26,10 +26,10 @@ def alma(
 ) -> Images:
     """The distance is descended under the constraint of a misclassified image, by the penalty P2 (algorithm 1).
 
-    Constants are the paper's, but for these. The first 55% of the steps go to three short runs of FMN, whose objectives
-    lead to different classes, and the Lagrangian goes on from the nearest point of all. The constraint is the margin;
-    distance and margin are measured in those of that point, so that the multiplier begins at 1, where it ends on a
-    linear model, and the learning rate is a share of the distance, whatever the scale of logits and images.
+    Constants are the paper's, but for these. A quarter of the steps goes to FMN with the margin, and 15% to FMN with
+    DLR; the Lagrangian goes on from the nearer point of the two. The constraint is the margin, and distance and margin
+    are measured in those of that point, so that the multiplier begins at 1, where it ends on a linear model, and the
+    learning rate is a share of the distance, whatever the scale of logits and images.
 
     ``steps`` counts gradients. Returns the nearest misclassified image found, in [0, 1], drawn towards x as far as it
     stays misclassified; x itself where none was found, and where it is misclassified already. An image is done once
@@ -42,18 +42,17 @@ def alma(
     nearest = Nearest(x, y, norm, enough)
     if norm not in _RATE:
         raise InputError(f"alma supports {' and '.join(_RATE)}, got {norm}")
+    first, second = steps // 4, 3 * steps // 20
+    check(x, y)
     with inference(model):
-        left = steps
-        for share, objective, annealed in _STARTS:
-            count = int(share * steps)
-            search(model, nearest, count, objective, annealed)
-            left -= count
-        _refine(model, nearest, left)
+        if first:
+            search(model, nearest, first, margin, annealed=True)
+        if second:
+            search(model, nearest, second, dlr, annealed=False)
+        _refine(model, nearest, steps - first - second)
         return nearest.closer(model)
 
 
-_STARTS = (0.25, margin, True), (0.15, dlr, False), (0.15, cross_entropy, False)
-"""What share of the steps goes to FMN with which objective, and whether it is annealed."""
 _RATE = {"l2": 1.0, "l1": 3.0}
 """The first learning rate: the norm of a step that moves all pixels alike, as a share of the distance."""
 _PENALTY = 30.0

@@ -77,7 +77,7 @@ def search(model: Model, nearest: Nearest, steps: int, objective: Objective, ann
     """One run from the clean images, which shows ``nearest`` all that it visits."""
     norm, schedule = nearest.threat.norm, _SCHEDULES[nearest.threat.norm]
     rows = nearest.remaining()
-    if not len(rows) or not steps:
+    if not len(rows):
         return
     x, y = nearest.x[rows], nearest.y[rows]
     x_adv, distance = x, torch.zeros_like(nearest.distance[rows])
