@@ -309,14 +309,14 @@ def bench_minimal(b: Bench, bars: str) -> None:
     if installed("adv_lib"):
         from adv_lib.attacks import alma as peer_alma  # pyright: ignore[reportMissingImports]
 
-        ours = lambda: alma(b.victim.model, x, y, "l2", generator=streams)  # noqa: E731
+        ours = partial(alma, b.victim.model, x, y, "l2", generator=streams)
         pairs.append(("l2", "adversarial-library ALMA", ours, lambda: peer_alma(b.stock, x, y, distance="l2")))
     if installed("foolbox"):
         import foolbox  # pyright: ignore[reportMissingImports]
 
         wrapped = foolbox.PyTorchModel(b.stock, bounds=(0, 1))
         peer = foolbox.attacks.LInfFMNAttack()
-        ours = lambda: fmn(b.victim.model, x, y, "linf", generator=streams)  # noqa: E731
+        ours = partial(fmn, b.victim.model, x, y, "linf", generator=streams)
         pairs.append(("linf", "foolbox FMN", ours, lambda: peer(wrapped, x, y, epsilons=None)[1]))
     for norm, name, ours, theirs in pairs:
         taken, medians = {}, {}

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fdml.data.dataset import DataSet
 from fdml.errors import InputError, Stopped
-from fdml.evaluate.assess import Plan, Surrogate, assess
+from fdml.evaluate.assess import Plan, Source, assess
 from fdml.evaluate.leaderboard import leaderboard
 from fdml.evaluate.live import Live
 from fdml.evaluate.store import Store
@@ -52,7 +52,7 @@ def judge(
     """Attacks every model of ``models`` (files of fdml or ONNX, bundles, run folders) on the first ``limit`` test
     images and writes ``report.json``, ``report.html`` and ``leaderboard.json`` into ``out``; returns the report.
 
-    ``suite`` is quick, standard or full; ``protocols`` and ``attacks`` name what to run instead of its own choice.
+    ``suite`` is quick, standard or full; ``protocols`` or ``attacks`` name what to run instead of its own choice.
     ``given`` are surrogates by name; those that a protocol needs beside them are trained and cached. Work that is done
     lies in ``out/state``: ``resume`` goes on with it. ``adversarial`` also writes ``adversarial-MODEL.npz``. Under
     ``torchrun`` the processes share the images and the first writes and returns the report, the others nothing.
@@ -60,11 +60,17 @@ def judge(
     Raises ``InputError`` for what cannot be evaluated, and ``Stopped`` when a signal ends the work.
     """
     began = time.monotonic()
+    for option, asked in (("--protocol", protocols), ("--surrogate", given or ())):
+        if attacks and asked:
+            raise InputError(
+                f"--attack {next(iter(attacks))} and {option} {next(iter(asked))} exclude each other:"
+                " named attacks are run alone, on the models themselves"
+            )
     world = World.join(device)
     console = console if console is not None and world.leads else Console(quiet=True)
     data = data.to(world.device)
     names = _names(models)
-    chosen = tuple(dict.fromkeys(protocols)) or DEFAULT_PROTOCOLS.get(suite, ())
+    chosen = () if attacks else tuple(dict.fromkeys(protocols)) or DEFAULT_PROTOCOLS.get(suite, ())
     plan = Plan(data, threat, suite, chosen, tuple(attacks), limit, seed, rng)
     entries(suite, chosen, attacks, {}, norm=threat.norm)  # refuses a wrong name before anything is loaded
     _, like, _ = next(iter(data.test.batches([torch.arange(min(8, plan.count))])))
@@ -114,7 +120,7 @@ def _surrogates(
     cache: Path | None,
     world: World,
     console: Console,
-) -> dict[str, Surrogate]:
+) -> dict[str, Source]:
     wanted = {"gray" if name == "gray" else "black" for name in protocols if name in ("gray", "black", "transfer")}
     if not wanted:
         if given:
@@ -129,7 +135,7 @@ def _surrogates(
         first.card, first.file, data, wanted, given=given, cache=cache, world=world, console=console
     )
     return {
-        name: Surrogate("gray" if name.startswith("gray") else "black", Victim.read(file, name, world.device))
+        name: Source("gray" if name.startswith("gray") else "black", Victim.read(file, name, world.device))
         for name, file in files.items()
     }
 

@@ -34,7 +34,6 @@ from fdml.data.dataset import DataSet
 from fdml.errors import InputError, Stopped, unknown
 from fdml.guidance import Guided, Teacher
 from fdml.learner import Learner
-from fdml.models import RobustModel
 from fdml.recipe import Recipe, from_dict
 from fdml.recipes import recipe as named
 from fdml.run import Run
@@ -95,22 +94,6 @@ def wanted(card: Card, data_name: str, protocols: Collection[str]) -> list[Surro
         name = f"transfer-{architecture}-{recipe.name}"
         found.append(Surrogate(name, "black", recipe, f"another architecture, {size}, {trained}, seed {seed}"))
     return [surrogate for surrogate in found if _asked(surrogate.name, protocols)]
-
-
-def surrogates(
-    card: Card,
-    file: Path,
-    data: DataSet,
-    protocols: Collection[str],
-    *,
-    given: Mapping[str, str | Path] | None = None,
-    cache: Path | None = None,
-    world: World,
-    console: Console | None = None,
-) -> dict[str, RobustModel]:
-    """The models of ``surrogate_files`` by name, in eval mode on this process's device."""
-    paths = surrogate_files(card, file, data, protocols, given=given, cache=cache, world=world, console=console)
-    return {name: load(path, device=world.device) for name, path in paths.items()}
 
 
 def surrogate_files(

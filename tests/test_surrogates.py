@@ -23,7 +23,7 @@ from fdml.models import build
 from fdml.recipe import Recipe
 from fdml.recipes import recipe
 from fdml.run import Run
-from fdml.surrogates import SEED, estimate, key, surrogate_files, surrogates, wanted
+from fdml.surrogates import SEED, estimate, key, surrogate_files, wanted
 from fdml.train import make_card, train
 from fdml.world import World
 
@@ -172,17 +172,19 @@ def test_each_network_is_trained_once(
 ) -> None:
     card, file = fdml.read_card(run.model("student")), run.model("student")
     before = torch.get_rng_state()
-    models = surrogates(card, file, data, ["gray", "black"], cache=tmp_path, world=world)
-    assert list(models) == GRAY + BLACK
+    files = surrogate_files(card, file, data, ["gray", "black"], cache=tmp_path, world=world)
+    assert list(files) == GRAY + BLACK
     # Four epochs of two steps: the clone is the teacher of the defended one, and the victim's teacher lies beside it.
     assert len(steps) == 8
     assert torch.equal(before, torch.get_rng_state()), "the caller's random state is left alone"
     x = torch.rand(2, 1, 8, 8)
-    assert all(model(x).shape == (2, 10) and not model.training for model in models.values())
-    again = surrogates(card, file, data, ["gray", "black"], cache=tmp_path, world=world)
+    weights = {name: load_file(path) for name, path in files.items()}
+    assert all(fdml.load(path)(x).shape == (2, 10) for path in files.values())
+    assert surrogate_files(card, file, data, ["gray", "black"], cache=tmp_path, world=world) == files
     assert len(steps) == 8
-    for name, model in models.items():
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again[name].parameters(), strict=True))
+    for name, path in files.items():
+        again = load_file(path)
+        assert all(torch.equal(each, again[at]) for at, each in weights[name].items())
 
 
 def test_surrogates_are_those_of_fdml_train(run: Run, data: DataSet, world: World, tmp_path: Path) -> None:

@@ -113,7 +113,8 @@ def apgd_targeted(
                         model, begin, x[images], y[images], compared, threat, steps, aim, copies=copies
                     )
                     value, place = value.view(len(part), -1).max(1)
-                    best.see(part, found.view(len(part), -1, *x.shape[1:])[torch.arange(len(part)), place], value)
+                    at = torch.arange(len(part), device=x.device)
+                    best.see(part, found.view(len(part), -1, *x.shape[1:])[at, place], value)
     return best.x
 
 

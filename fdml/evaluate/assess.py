@@ -36,11 +36,14 @@ EXTRAS = {"quick": (), "standard": ("curve", "minimal", "corruptions"), "full": 
 MINIMAL: dict[str, tuple[str, Callable]] = {"alma": ("l2", alma), "fmn": ("linf", fmn)}
 """The minimal-norm attacks and their norms."""
 
+MINIMAL_LIMIT = 256
+"""They are run on so many images, the first ones."""
+
 SEVERITIES = (1, 3, 5)
 
 
 @dataclass(frozen=True)
-class Surrogate:
+class Source:
     """A model that the attacker owns; ``protocol`` is gray or black."""
 
     protocol: str
@@ -88,13 +91,12 @@ class Plan:
             return Streams.of(index, self.seed, name)
         return torch.Generator(index.device).manual_seed(self.seed)
 
-    def identity(self, victims: Sequence[Victim], surrogates: Mapping[str, Surrogate]) -> dict[str, Any]:
+    def identity(self, victims: Sequence[Victim], surrogates: Mapping[str, Source]) -> dict[str, Any]:
         """What decides the result, as JSON values."""
-        chunk = {"chunk": self.chunk} if self.rng == "reference" else {}
-        return chunk | {
+        return {
             "fdml": fdml.__version__,
             "models": [[victim.name, victim.sha256()] for victim in victims],
-            "surrogates": {name: each.victim.sha256() for name, each in surrogates.items()},
+            "surrogates": {name: [each.protocol, each.victim.sha256()] for name, each in surrogates.items()},
             "data": self.data.fingerprint,
             "images": self.count,
             "norm": self.threat.norm,
@@ -104,6 +106,7 @@ class Plan:
             "attacks": list(self.attacks),
             "seed": self.seed,
             "rng": self.rng,
+            "chunk": self.chunk,
         }
 
 
@@ -134,7 +137,7 @@ def assess(
     store: Store,
     world: World,
     *,
-    surrogates: Mapping[str, Surrogate] | None = None,
+    surrogates: Mapping[str, Source] | None = None,
     watch: Watch | None = None,
 ) -> None:
     """Runs whatever the store does not hold yet; ``summary.report`` then makes the report of it.
@@ -159,7 +162,7 @@ def assess(
     world.barrier()
 
 
-def entries_of(plan: Plan, victim: Victim, surrogates: Mapping[str, Surrogate]) -> list[Entry]:
+def entries_of(plan: Plan, victim: Victim, surrogates: Mapping[str, Source]) -> list[Entry]:
     """What the plan runs on a victim."""
     return entries(
         plan.suite,
@@ -175,9 +178,7 @@ def entries_of(plan: Plan, victim: Victim, surrogates: Mapping[str, Surrogate]) 
 class _Work:
     """The units of work, each a function of a chunk's first image that does nothing where the store has the result."""
 
-    def __init__(
-        self, plan: Plan, store: Store, surrogates: Mapping[str, Surrogate], victims: Sequence[Victim]
-    ) -> None:
+    def __init__(self, plan: Plan, store: Store, surrogates: Mapping[str, Source], victims: Sequence[Victim]) -> None:
         self.plan, self.store, self.surrogates, self.victims = plan, store, surrogates, victims
         self._guides: Batch | None = None
         self._held: tuple[int, Batch] | None = None
@@ -288,9 +289,9 @@ class _Work:
         self.store.write(victim.name, "curve", start, {"stands": stands.cpu()}, {"eps": list(epsilons)})
 
     def minimal(self, victim: Victim, name: str, start: int) -> None:
-        if self.store.read(victim.name, name, start) is not None or start >= self.plan.chunk:
+        if start >= MINIMAL_LIMIT or self.store.read(victim.name, name, start) is not None:
             return
-        index, x, y = self.batch(start)
+        index, x, y = (part[: MINIMAL_LIMIT - start] for part in self.batch(start))
         norm, attack = MINIMAL[name]
         began = time.process_time()
         x_adv = attack(victim.model, x, y, norm, generator=self.plan.generator(index, name))

@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from fdml.card import threat_words
 from fdml.evaluate import pictures
 from fdml.evaluate.pictures import DARK, LIGHT, Line
+from fdml.evaluate.suites import OUTSIDE
 from fdml.evaluate.table import NO_GRADIENTS, sections
 from fdml.files import write_whole
 from fdml.gallery import magnification, shorten
@@ -70,7 +71,11 @@ def page(report: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any] | N
         dark=DARK,
         which=_which(report["images"]),
         attacks=attacks,
-        strongest=[min((attack["accuracy"] for attack in model["attacks"]), default=None) for model in models],
+        outside=OUTSIDE,
+        strongest=[
+            min((attack["accuracy"] for attack in model["attacks"] if attack["name"] not in OUTSIDE), default=None)
+            for model in models
+        ],
         settings=[_settings(row.label, row.cells) for part in attacks for row in part.rows if not row.step],
         robustness=_robustness(models, report["threat"]),
         distances=_distances(report),
@@ -141,7 +146,8 @@ def _distances(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         for place, model in enumerate(models):
             right = [answer == y for answer, y in _zip(model["clean"]["predictions"], report["labels"])]
             for found in (each for each in model["minimal"] if each["norm"] == norm):
-                x, y = pictures.standing([d if ok else 0.0 for d, ok in _zip(found["distances"], right)])
+                first = right[: len(found["distances"])]
+                x, y = pictures.standing([d if ok else 0.0 for d, ok in _zip(found["distances"], first)])
                 lines.append(Line(place, len(lines), x, y))
                 median = "none" if found["median"] is None else f"{found['median']:.4g}"
                 legend.append(_entry(lines[-1], model["name"], f"{found['attack']}: median {median}"))
@@ -247,7 +253,7 @@ def _command(report: Mapping[str, Any]) -> str | None:
     if not all(files):
         return None
     words = ["fdml", "evaluate", *files, "--suite", report["suite"], "--data", report["data"]["name"]]
-    option, names = ("--attack", report["attacks"]) if report.get("attacks") else ("--protocol", report["protocols"])
+    option, names = ("--attack", report["attacks"]) if report["attacks"] else ("--protocol", report["protocols"])
     words += [word for name in names for word in (option, name)]
     words += ["--norm", report["threat"]["norm"], "--eps", repr(report["threat"]["eps"])]
     words += ["--limit", str(report["data"]["n"]), "--seed", str(report["seed"])]

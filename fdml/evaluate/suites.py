@@ -48,7 +48,7 @@ class Step:
         while isinstance(attack, partial):
             plain = {k: v for k, v in attack.keywords.items() if v is None or isinstance(v, str | int | float)}
             found = plain | found
-            attack = attack.args[0] if attack.args else attack.func
+            attack = attack.func
         return found
 
 

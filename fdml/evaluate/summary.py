@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 import fdml
 from fdml.evaluate import flags
 from fdml.evaluate.accuracy import interval
-from fdml.evaluate.assess import MINIMAL, Plan, Surrogate, entries_of
+from fdml.evaluate.assess import MINIMAL, Plan, Source, entries_of
 from fdml.evaluate.store import Store
 from fdml.evaluate.suites import LABELS, Entry
 from fdml.evaluate.victim import Victim
@@ -30,7 +30,7 @@ def report(
     victims: Sequence[Victim],
     store: Store,
     world: World,
-    surrogates: Mapping[str, Surrogate],
+    surrogates: Mapping[str, Source],
     *,
     seconds: float,
 ) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def report(
     return found
 
 
-def _model(plan: Plan, victim: Victim, store: Store, surrogates: Mapping[str, Surrogate], y: Tensor) -> dict[str, Any]:
+def _model(plan: Plan, victim: Victim, store: Store, surrogates: Mapping[str, Source], y: Tensor) -> dict[str, Any]:
     n = len(y)
     clean = _joined(plan, store, victim.name, "clean", "answers")
     right = clean == y
@@ -76,6 +76,11 @@ def _model(plan: Plan, victim: Victim, store: Store, surrogates: Mapping[str, Su
         line, stands, answers = _entry(plan, store, victim.name, one, right, clean)
         attacks.append(line)
         standing[one.name], kinds[one.name] = stands, one.kind
+        gradients = tuple(each for each in one.steps if not each.counted)
+        if 0 < len(gradients) < len(one.steps):  # a cascade: what its queries alone fool is a black-box finding
+            queried = f"{one.name} with its queries"
+            standing[queried], kinds[queried] = stands, "query"
+            standing[one.name] = _entry(plan, store, victim.name, replace(one, steps=gradients), right, clean)[1]
         if one.counts:
             worst_answers[worst & ~stands] = answers[worst & ~stands]
             worst &= stands
@@ -257,7 +262,7 @@ def _corruptions(plan: Plan, store: Store, victim: Victim) -> list[dict[str, Any
 
 
 def _transfer(
-    plan: Plan, store: Store, victims: Sequence[Victim], surrogates: Mapping[str, Surrogate]
+    plan: Plan, store: Store, victims: Sequence[Victim], surrogates: Mapping[str, Source]
 ) -> dict[str, Any] | None:
     names = [victim.name for victim in victims if victim.gradients] + list(surrogates)
     rows = []

@@ -89,7 +89,10 @@ def test_black_has_no_shot_noise_and_white_gets_no_brighter(severity: int) -> No
 
 def test_noise_has_its_size() -> None:
     x = torch.full((50, 1, 20, 20), 0.5)
-    of = lambda name, severity: corrupt(name, x, severity, streams(50)) - x  # noqa: E731
+
+    def of(name: str, severity: int) -> Tensor:
+        return corrupt(name, x, severity, streams(50)) - x
+
     assert float(of("gaussian-noise", 2).std()) == pytest.approx(0.08, rel=0.03)
     assert float(of("shot-noise", 2).std()) == pytest.approx((0.5 / 25) ** 0.5, rel=0.03)
     struck = of("impulse-noise", 5)

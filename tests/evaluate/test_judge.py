@@ -18,11 +18,11 @@ import torch.nn.functional as F
 
 import fdml
 from fdml import data
-from fdml.attacks import pgd, square
+from fdml.attacks import fmn, pgd, square
 from fdml.card import Card
 from fdml.errors import InputError, Stopped
 from fdml.evaluate import assess as module
-from fdml.evaluate.assess import Plan, assess
+from fdml.evaluate.assess import Plan, Source, assess
 from fdml.evaluate.session import exported, onnx_of
 from fdml.evaluate.store import Store
 from fdml.evaluate.summary import report
@@ -183,6 +183,34 @@ def test_outcomes_fit_the_accuracies(whole: dict[str, Any]) -> None:
     assert sum(map(sum, model["confusion"])) == len(wrong)
 
 
+def test_what_the_queries_of_a_cascade_fool_is_black_box(victim: Victim, tmp_path: Path) -> None:
+    """Of a model that rounds its input the gradients are zero, and the quick suite has Square in its cascade alone."""
+    plan = Plan(DIGITS, THREAT, "quick", ("white", "control"), limit=100)
+    masked = Victim.of("masked", lambda x: victim.model((x * 3).round() / 3))
+    raised = {}
+    with patch.dict("fdml.evaluate.suites.ATTACKS", {"square1000": partial(square, budget=200)}):
+        for each in (masked, victim):
+            found = finished(plan, each, tmp_path / each.name)["models"][0]
+            raised[each.name] = {flag["name"]: flag for flag in found["flags"]}
+    assert raised["masked"]["black-box-beats-white-box"]["level"] == "fail"
+    assert "fast with its queries" in raised["masked"]["black-box-beats-white-box"]["meaning"]
+    assert "black-box-beats-white-box" not in raised["small"]
+
+
+def test_minimal_norms_are_of_the_first_images(victim: Victim, tmp_path: Path) -> None:
+    found = []
+    for chunk in (4, 24):
+        plan, store = Plan(DIGITS, THREAT, limit=24, chunk=chunk), Store(tmp_path / str(chunk))
+        work = module._Work(plan, store, {}, [victim])
+        with patch.dict(module.MINIMAL, fmn=("linf", partial(fmn, steps=5))), patch.object(module, "MINIMAL_LIMIT", 10):
+            for start in plan.starts:
+                work.minimal(victim, "fmn", start)
+        states = [store.read(victim.name, "fmn", start) for start in plan.starts]
+        found.append([each for state in states if state for each in state.tensors["distances"].tolist()])
+    assert len(found[0]) == 10
+    assert found[0] == found[1]
+
+
 def judged(file: Path, out: Path, **options: Any) -> dict[str, Any]:
     return judge([file], DIGITS, THREAT, out, **{"attacks": ("fgsm", "pgd20"), "limit": 30, "device": "cpu", **options})
 
@@ -191,6 +219,7 @@ def test_a_report_folder(file: Path, tmp_path: Path) -> None:
     found = judged(file, tmp_path, adversarial=True)
     assert json.loads((tmp_path / "report.json").read_text()) == found
     assert found["models"][0]["sha256"]
+    assert (found["attacks"], found["protocols"]) == (["fgsm", "pgd20"], [])
     assert "small" in (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "leaderboard.json").read_text())["small"]["clean_acc"]
     with np.load(tmp_path / "adversarial-small.npz") as arrays:
@@ -218,6 +247,17 @@ def test_a_folder_is_not_mixed(file: Path, tmp_path: Path, again: dict[str, Any]
         judged(file, tmp_path, **again)
 
 
+def test_records_of_chunks_of_another_size_are_not_mixed(victim: Victim, tmp_path: Path) -> None:
+    Store(tmp_path).begin(PLAN.identity([victim], {}), resume=False, overwrite=False)
+    with pytest.raises(InputError, match="chunk=256, now it is 17"):
+        Store(tmp_path).begin(replace(PLAN, chunk=17).identity([victim], {}), resume=True, overwrite=False)
+
+
+def test_a_surrogate_of_another_protocol_is_another_evaluation(victim: Victim) -> None:
+    gray, black = (PLAN.identity([victim], {"mine": Source(protocol, victim)}) for protocol in ("gray", "black"))
+    assert gray != black
+
+
 def test_nothing_to_resume(file: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no evaluation to resume"):
         judged(file, tmp_path, resume=True)
@@ -242,6 +282,8 @@ def test_ctrl_c_says_how_to_go_on(file: Path, tmp_path: Path) -> None:
         ({"limit": 0}, "limit.*0"),
         ({"rng": "numpy"}, "'numpy'"),
         ({"given": {"gray-teacher": Path("x")}, "attacks": (), "suite": "quick"}, "gray-teacher.*--protocol"),
+        ({"given": {"gray-teacher": Path("x")}}, "--attack fgsm and --surrogate gray-teacher exclude"),
+        ({"protocols": ("gray",)}, "--attack fgsm and --protocol gray exclude"),
     ],
 )
 def test_mistakes_are_said_before_any_work(file: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -301,6 +343,21 @@ def test_an_onnx_file_is_only_queried(file: Path, victim: Victim, tmp_path: Path
     assert "no gradients" in (tmp_path / "out" / "report.html").read_text().lower()
     with pytest.raises(InputError, match=r"pgd20.*gradients"):
         judge([path], DIGITS, THREAT, tmp_path / "no", attacks=("pgd20",), limit=20, device="cpu")
+
+
+class Branching(torch.nn.Module):
+    """What no tracer can follow."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) if float(x.sum()) > 0 else -x.flatten(1)
+
+
+def test_only_the_exporters_errors_are_taken_for_a_model_that_it_cannot_export(victim: Victim) -> None:
+    _, x, _ = DIGITS.test.head(8).all()
+    assert exported(Branching(), x) is None
+    assert isinstance(victim.model, torch.nn.Module)
+    with patch("fdml.evaluate.session.onnx_of", side_effect=AttributeError("ours")), pytest.raises(AttributeError):
+        exported(victim.model, x)
 
 
 def test_two_processes_make_the_report_of_one(file: Path, tmp_path: Path) -> None:

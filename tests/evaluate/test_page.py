@@ -45,7 +45,7 @@ def made_up(n: int = 300, models: int = 2, classes: list[str] = CLASSES, *, grad
     ]
     return {
         "format": 1, "fdml": "0.1.0", "suite": "standard", "protocols": ["white", "gray", "black", "control"],
-        "rng": "image", "seed": 0, "seconds": 3723.4,
+        "attacks": [], "rng": "image", "seed": 0, "seconds": 3723.4,
         "data": {"name": "fashion-mnist", "fingerprint": "ae19" * 16, "split": "test", "n": n, "classes": classes,
                  "input": [1, 28, 28]},
         "threat": {"norm": "linf", "eps": 0.1},
@@ -331,6 +331,25 @@ def test_ten_thousand_images_make_a_small_page(tmp_path: Path) -> None:
     assert 200_000 < (tmp_path / "report.html").stat().st_size < 3_000_000
 
 
+def test_attacks_that_were_named_are_shown_in_place_of_the_suite() -> None:
+    report = bare(made_up(30)) | {"attacks": ["fgsm", "autoattack"], "protocols": []}
+    words = Parts(page(report, {})).said()
+    assert "attacks fgsm, autoattack: these alone" in words
+    assert "--attack fgsm --attack autoattack" in words
+    assert "--protocol" not in words
+    assert "--attack " not in Parts(page(bare(made_up(30)), {})).said()
+
+
+def test_what_leaves_the_threat_is_never_the_strongest() -> None:
+    report = bare(made_up(100, 1))
+    attacks = report["models"][0]["attacks"]
+    strongest = min(attack["accuracy"] for attack in attacks)
+    for accuracy in (0.0, strongest):
+        turned = attacks[-1] | {"name": "spatial", "label": "shifts and turns", "accuracy": accuracy}
+        report["models"][0]["attacks"] = [*attacks, turned]
+        assert re.findall(r'class="low">([\d.]+%)', page(report, {})) == [f"{100 * strongest:.1f}%"]
+
+
 def test_a_part_of_the_split_is_named() -> None:
     report = bare(made_up(30))
     report["images"] = [*range(5, 34), 90]
@@ -341,6 +360,13 @@ def test_distances_fall_from_clean_accuracy_to_what_was_never_found() -> None:
     assert pictures.standing([0.0, 0.2, 0.1, None]) == ([0.0, 0.1, 0.2], [0.75, 0.5, 0.25])
     assert pictures.standing([0.3, 0.3]) == ([0.0, 0.3], [1.0, 0.0])
     assert pictures.standing([None]) == ([0.0], [1.0])
+
+
+def test_distances_may_be_of_the_first_images_alone() -> None:
+    report = made_up(100, 1)
+    (model,) = report["models"]
+    model |= {"curves": [], "minimal": [model["minimal"][0] | {"distances": model["minimal"][0]["distances"][:40]}]}
+    assert "minimal" in Parts(page(report, {})).ids()
 
 
 def test_lines_differ_by_more_than_colour() -> None:
