@@ -233,6 +233,102 @@ def attacks(as_json: Json = False) -> None:
     _listing(describe(), as_json)
 
 
+@app.command(
+    epilog="Examples:  fdml certify runs/fdml-smooth-digits  |  fdml certify model.onnx --data mnist --eps 0.1  |"
+    "  fdml certify net.onnx --vnnlib property.vnnlib --timeout 60  |  fdml certify MODEL --verify certificates.jsonl"
+)
+def certify(
+    model: Annotated[Path, typer.Argument(help="A model file, run folder, bundle or ONNX file.")],
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="smoothing (l2), cohen (the published one) or bounds (linf, l2). (default: as it was trained)"
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="A name from `fdml datasets`. (default: the model's)")] = None,
+    data_dir: DataDir = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels, for folder: and hf: data.")] = None,
+    sigma: Annotated[float | None, typer.Option(help="Noise of smoothing. (default: that of the training)")] = None,
+    radius: Annotated[
+        list[float] | None, typer.Option(help="A radius to ask about; repeat it. (default: 1, 2 and 3 sigma)")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="The chance that a certificate of smoothing errs.")] = 0.001,
+    n0: Annotated[int, typer.Option("--n0", help="Samples that choose the class.")] = 100,
+    n: Annotated[int, typer.Option("-n", "--n", help="Samples that count it: at most, for cohen exactly.")] = 100_000,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16: what the network is smoothed in.")] = "fp32",
+    norm: Annotated[str | None, typer.Option(help="linf or l2, for bounds. (default: the model's threat)")] = None,
+    eps: Annotated[str | None, typer.Option(help="For bounds, in pixel units, such as 2/255.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds an image, or for --vnnlib in all.")] = 30.0,
+    limit: Annotated[int, typer.Option(min=1, help="How many test images.")] = 500,
+    skip: Annotated[int, typer.Option(min=1, help="Take every N-th test image.")] = 1,
+    attack: Annotated[bool, typer.Option("--attack/--no-attack", help="Also attack what is not certified.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Smooth with another sigma than the model's own.")] = False,
+    vnnlib: Annotated[Path | None, typer.Option(help="A property file: print sat, unsat, unknown or timeout.")] = None,
+    verify: Annotated[Path | None, typer.Option(help="Check this certificates file against the model.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder, or file for --vnnlib. (default: runs/certify-MODEL)")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise and the searches.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the folder stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the certificates in the folder.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that no perturbation inside a radius changes the answer."""
+    if vnnlib is not None:
+        from fdml.certify.competition import decide
+
+        verdict = decide(model, vnnlib, timeout=timeout, out=out, seed=seed)
+        print(json.dumps(verdict.to_dict()) if as_json else verdict.word)
+        return
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: go on with the certificates, or replace them")
+
+    from fdml.evaluate.target import target
+
+    threat, name = target(model, norm, eps, data)
+
+    from fdml.data import load
+
+    loaded = load(name, data_dir=data_dir, size=size)
+    console = None if as_json else _console()
+    if verify is not None:
+        from fdml.certify.recheck import recheck
+
+        found = recheck(verify, model, loaded, limit=limit, seed=seed, device=device, console=console)
+        if as_json:
+            print(json.dumps(found))
+        raise typer.Exit(0 if found["valid"] else 1)
+
+    from fdml.certify.command import certify_data
+
+    found = certify_data(
+        model,
+        loaded,
+        out or Path("runs") / f"certify-{_slug(model.stem)}",
+        method=method,
+        sigma=sigma,
+        radii=radius or (),
+        alpha=alpha,
+        n0=n0,
+        n=n,
+        threat=threat,
+        timeout=timeout,
+        limit=limit,
+        skip=skip,
+        seed=seed,
+        precision=precision,
+        attack=attack,
+        force=force,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+        console=console,
+    )
+    if as_json and found:
+        print(json.dumps(found))
+
+
 @app.command(epilog="Example:  fdml predict runs/fdml-digits/student.safetensors digit.png --top 3")
 def predict(
     model: Annotated[Path, typer.Argument(help="A .safetensors file of `fdml train`.")],

@@ -99,6 +99,11 @@ def take(generator: Generator, index: Tensor) -> Generator:
     return generator[index] if isinstance(generator, Streams) else generator
 
 
+def mixed(key: int, places: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """64 random bits for each place of the stream ``key``: a hash of both, whatever else is drawn."""
+    return _mix(places * _GOLDEN + key)
+
+
 def _mix(z: Tensor) -> Tensor:
     """SplitMix64's finaliser (variant 13 of Stafford), on int64 that wraps."""
     z = (z ^ _shifted(z, 30)) * _MIX[0]

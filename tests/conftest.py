@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,3 +35,42 @@ settings.load_profile("fdml")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a small model of the digits that was trained under noise of sigma 0.25."""
+    import torch.nn.functional as F
+
+    import fdml
+    from fdml import data
+    from fdml.card import Card
+    from fdml.models import build
+
+    digits = data.load("digits")
+    torch.manual_seed(0)
+    model = build("cnn", input=(1, 8, 8), classes=10, mean=(0.3,), std=(0.37,), options={"width": 4})
+    _, x, y = digits.train.head(len(digits.train)).all()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for index in torch.randperm(8 * len(y)).remainder(len(y)).split(64):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[index] + 0.25 * torch.randn_like(x[index])), y[index]).backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("certify") / "noisy.safetensors"
+    card = Card(
+        architecture="cnn",
+        options={"width": 4},
+        classes=digits.classes,
+        input=(1, 8, 8),
+        mean=(0.3,),
+        std=(0.37,),
+        threat={"norm": "linf", "eps": 0.01},
+        role="student",
+        recipe={"name": "smooth", "sigma": 0.25},
+        seed=0,
+        data={"name": "digits", "fingerprint": digits.fingerprint},
+        metrics={},
+        versions={},
+    )
+    fdml.save(model.eval(), card, path)
+    return path

@@ -1,26 +1,23 @@
 """A report as one page that needs nothing but itself: no request leaves it, and no script runs in it."""
 
-import base64
-import hashlib
 import json
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, StrictUndefined
 
 from fdml.card import threat_words
 from fdml.evaluate import pictures
+from fdml.evaluate.pages import pages
 from fdml.evaluate.pictures import DARK, LIGHT, Line
 from fdml.evaluate.suites import OUTSIDE
 from fdml.evaluate.table import NO_GRADIENTS, sections
 from fdml.files import write_whole
-from fdml.gallery import magnification, shorten
+from fdml.gallery import magnification
 from fdml.threat import Threat
 
 _TABLE_CLASSES = 20
@@ -55,11 +52,7 @@ def write_page(
 
 def page(report: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any] | None]) -> str:
     """The text of the page."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"pc": _percent, "span": _span, "duration": _duration, "short": shorten, "sha256": _sha256}
-    template = environment.from_string(
-        resources.files("fdml.evaluate").joinpath("report.html.jinja").read_text("utf-8")
-    )
+    template = pages().get_template("report.html.jinja")
     models = report["models"]
     attacks = sections(models)
     return template.render(
@@ -259,25 +252,6 @@ def _command(report: Mapping[str, Any]) -> str | None:
     words += ["--limit", str(report["data"]["n"]), "--seed", str(report["seed"])]
     words += ["--rng", report["rng"]] if report["rng"] != "image" else []
     return shlex.join(words)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def _span(interval: Sequence[float]) -> str:
-    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _zip(one: Sequence, other: Sequence) -> zip:

@@ -1,0 +1,148 @@
+"""Randomised smoothing: the class that a network answers most often under Gaussian noise cannot be changed by any
+perturbation of an L2 norm below a radius that is found by sampling (Cohen et al. 2019)."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from fdml.certify.confidence import (
+    chance,
+    clopper_pearson,
+    mixture,
+    mixture_lower,
+    probability_of,
+    radius_of,
+)
+from fdml.certify.noise import GridNoise
+
+ABSTAIN = -1
+"""The answer where no class is shown to be the most frequent one."""
+
+LOOK = 128
+"""Samples between two looks of the sequential method."""
+
+GIVE_UP = 0.01
+"""A radius whose forecast chance of being certified is below this is given up."""
+
+SAMPLES = 100_000
+SELECTION = 100
+ALPHA = 0.001
+
+
+def ignore(count: int) -> None:
+    """Takes no notice of the samples that were looked at."""
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """The answer about one image.
+
+    But for a chance of at most ``alpha``, the smoothed classifier answers ``answer`` everywhere closer than ``radius``
+    (L2, pixel units). ``answer`` is ``ABSTAIN`` and ``radius`` 0 where that was not shown for any radius. ``hits`` of
+    ``count`` samples answered the class ``candidate``, which ``selected`` other samples had chosen.
+    """
+
+    answer: int
+    radius: float
+    hits: int
+    count: int
+    candidate: int
+    selected: int
+
+
+@dataclass
+class Smoother:
+    """A smoothed classifier: ``classify`` gives logits (n, classes) of noisy images (n, c, h, w), which lie on the grid
+    of pixel values but not in [0, 1].
+
+    ``batch`` copies are looked at at once; it changes no result. Images are uint8 (c, h, w), known by their numbers,
+    which choose their noise.
+    """
+
+    classify: Callable[[Tensor], Tensor]
+    classes: int
+    noise: GridNoise
+    alpha: float = ALPHA
+    batch: int = LOOK
+    watch: Callable[[int], None] = ignore
+
+    def __post_init__(self) -> None:
+        assert 0 < self.alpha < 0.5, self.alpha
+
+    def cohen(self, image: Tensor, number: int, *, selection: int = SELECTION, samples: int = SAMPLES) -> Smoothed:
+        """CERTIFY of Cohen et al. 2019, as published: ``selection`` samples choose the class, ``samples`` fresh ones
+        count it, and Clopper and Pearson bound its probability."""
+        candidate = self._candidate(image, number, selection)
+        hits = int(self.counts(image, number, samples)[candidate])
+        radius = radius_of(float(clopper_pearson(hits, samples, self.alpha)), self.noise.sigma)
+        return Smoothed(candidate if radius > 0 else ABSTAIN, radius, hits, samples, candidate, selection)
+
+    def sequential(
+        self,
+        image: Tensor,
+        number: int,
+        radii: Sequence[float],
+        *,
+        selection: int = SELECTION,
+        samples: int = SAMPLES,
+    ) -> Smoothed:
+        """The same guarantee from as many samples as the image needs, at most ``samples``.
+
+        After every ``LOOK`` samples a confidence sequence (``mixture``) tells which of the ``radii`` are certified, and
+        a forecast which have become hopeless; sampling ends when each is one or the other. The radius 0, on which it
+        depends whether to abstain, is always among them.
+        """
+        candidate = self._candidate(image, number, selection)
+        sigma = self.noise.sigma
+        undecided = [(r, probability_of(r, sigma)) for r in sorted({0.0, *radii})]
+        radius, hits, count = 0.0, 0, 0
+        for answers in self._looks(image, number, samples):
+            hits, count = hits + int((answers == candidate).sum()), count + len(answers)
+            passed = [r for r, p in undecided if mixture(hits, count, p) >= -math.log(self.alpha)]
+            radius = max([radius, *passed])
+            undecided = undecided[len(passed) :]
+            while undecided and chance(hits, count, undecided[-1][1], self.alpha, samples) < GIVE_UP:
+                undecided.pop()
+            if not undecided:
+                break
+        radius = max(radius, radius_of(mixture_lower(hits, count, self.alpha), sigma))
+        return Smoothed(candidate if radius > 0 else ABSTAIN, radius, hits, count, candidate, selection)
+
+    def _looks(self, image: Tensor, number: int, samples: int) -> Iterator[Tensor]:
+        """The answers to ``samples`` copies, ``LOOK`` at a time: when to stop must not depend on ``batch``."""
+        step = max(LOOK, self.batch // LOOK * LOOK)
+        for first in range(0, samples, step):
+            yield from self._answers(image, number, first, min(step, samples - first), "count").split(LOOK)
+
+    def predict(self, image: Tensor, number: int, samples: int = 1000) -> int:
+        """PREDICT of Cohen et al. 2019: the class answered most often, wrong about the smoothed classifier with a
+        chance of at most ``alpha``; ``ABSTAIN`` where the two first are too close to tell."""
+        counts = self.counts(image, number, samples, "predict")
+        first, second = counts.topk(2).values.tolist()
+        if first + second == 0 or stats.binomtest(first, first + second, 0.5).pvalue > self.alpha:
+            return ABSTAIN
+        return int(counts.argmax())
+
+    def _candidate(self, image: Tensor, number: int, selection: int) -> int:
+        return int(self.counts(image, number, selection, "select").argmax())
+
+    def counts(self, image: Tensor, number: int, samples: int, part: str = "count") -> Tensor:
+        """How many of ``samples`` copies each class was answered to (classes,); ``part`` names the stream of noise."""
+        counts = torch.zeros(self.classes + 1, dtype=torch.int64, device=self.noise.device)
+        for first in range(0, samples, self.batch):
+            answers = self._answers(image, number, first, min(self.batch, samples - first), part)
+            counts += torch.bincount(answers + 1, minlength=self.classes + 1)
+        return counts[1:]
+
+    @torch.inference_mode()
+    def _answers(self, image: Tensor, number: int, first: int, count: int, part: str) -> Tensor:
+        """The class of each copy (n,); −1 where the copy or the answer is not sure, which never counts as a hit."""
+        copies = self.noise.draw(image, number, first, count, part)
+        logits = self.classify(copies.pixels)
+        sure = copies.sure & torch.isfinite(logits).all(1)
+        self.watch(count)
+        return logits.argmax(1).where(sure, -1)
