@@ -74,7 +74,8 @@ class GridNoise:
         if len(rare):
             exact, certain = self._resolve(key, index.flatten()[rare].long(), rare + first * size)
             noise[rare] = exact
-            sure[rare[~certain] // size] = False
+            if not certain.all():
+                sure[rare[~certain] // size] = False
         total = noise.view(count, size) + image.to(self.device, torch.int16).flatten()
         pixels = total.clamp_(self._low, self._high).float().div_(LEVELS)
         return Samples(pixels.view(count, *image.shape), sure)
@@ -85,8 +86,9 @@ class GridNoise:
         low = mixed(key ^ _SECOND, places) & ((1 << more) - 1)
         drawn = (index << more) | low
         above = torch.searchsorted(self._thresholds, drawn, right=True)
-        certain = above == torch.searchsorted(self._thresholds, drawn - _UNSURE, right=True)
-        certain &= above == torch.searchsorted(self._thresholds, drawn + _UNSURE, right=True)
+        last = len(self._thresholds) - 1
+        certain = (drawn - self._thresholds[(above - 1).clamp(min=0)]).abs() > _UNSURE
+        certain &= (self._thresholds[above.clamp(max=last)] - drawn).abs() > _UNSURE
         return (above - self._reach).to(torch.int16), certain
 
 
