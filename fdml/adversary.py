@@ -1,4 +1,4 @@
-"""The inner attack: the adversarial images that the student learns from."""
+"""The inner attack: the adversarial images that the student learns from, and the noise that it sees them through."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from fdml.attacks import n_fgsm, pgd
+from fdml.attacks.objective import CHUNK
+from fdml.guidance import Advice
+from fdml.inference import inference
 from fdml.recipe import Recipe
 from fdml.threat import Threat
+
+Model = Callable[[Tensor], Tensor]
 
 
 def attack_start(recipe: Recipe, x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
@@ -22,22 +27,68 @@ def attack_start(recipe: Recipe, x: Tensor, threat: Threat, generator: torch.Gen
     return threat.random(x, generator)
 
 
+def draw_noise(recipe: Recipe, x: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Gaussian noise of deviation ``sigma`` for images (b, c, h, w): (copies, b, c, h, w), or None without a sigma.
+
+    Drawn for the global batch too, after the start of the attack.
+    """
+    if not recipe.sigma:
+        return None
+    return x.new_empty((recipe.noise_copies, *x.shape)).normal_(generator=generator).mul_(recipe.sigma)
+
+
+def see_through(
+    noise: Tensor, x: Tensor, x_adv: Tensor, y: Tensor, advice: Advice | None
+) -> tuple[Tensor, Tensor, Tensor, Advice | None]:
+    """The batch as a student sees it through each draw of ``noise`` (copies, b, c, h, w), one draw after the other.
+
+    Both kinds of images gain the same noise and are not clipped; what the teacher says is of the image without it.
+    """
+    count = len(noise)
+    if advice is not None:
+        taps = {name: tap.repeat(count, *[1] * (tap.ndim - 1)) for name, tap in advice.taps.items()}
+        advice = Advice(advice.logits.repeat(count, 1), taps)
+    return _through(noise, x), _through(noise, x_adv), y.repeat(count), advice
+
+
 def inner_attack(
-    recipe: Recipe, model: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, y: Tensor, threat: Threat
+    recipe: Recipe, model: Model, x: Tensor, start: Tensor, y: Tensor, threat: Threat, noise: Tensor | None = None
 ) -> Tensor:
-    """Adversarial images of ``x`` against ``model`` as it is: gradients of the input alone, BatchNorm in eval mode."""
+    """Adversarial images of ``x`` against ``model`` as it is: gradients of the input alone, BatchNorm in eval mode.
+
+    With ``noise`` (copies, b, c, h, w) the attack is on the mean of the softmax over the draws, the very ones that the
+    student will learn through (SmoothAdv, Salman et al. 2019).
+    """
     if recipe.attack == "none":
         return x
     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        return _attack(recipe, model, x, start, y, threat)
+        if noise is None:
+            return _attack(recipe, model, x, start, y, threat)
+        # An image keeps its noise: parts that the attack looks at whole.
+        rows = max(1, CHUNK // len(noise)) if x.device.type == "cpu" else len(x)
+        with inference(model):
+            parts = zip(noise.split(rows, dim=1), x.split(rows), start.split(rows), y.split(rows), strict=True)
+            return torch.cat([_attack(recipe, _smoothed(model, n), part, s, t, threat) for n, part, s, t in parts])
 
 
-def _attack(
-    recipe: Recipe, model: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, y: Tensor, threat: Threat
-) -> Tensor:
+def _attack(recipe: Recipe, model: Model, x: Tensor, start: Tensor, y: Tensor, threat: Threat) -> Tensor:
     if recipe.attack == "n-fgsm":
         return n_fgsm(model, x, y, threat, start=start)
     step_size = recipe.attack_step * threat.eps
     steps = recipe.attack_steps
     objective = "kl" if recipe.base == "trades" else "ce"
     return pgd(model, x, y, threat, steps=steps, step_size=step_size, objective=objective, start=start, keep="last")
+
+
+def _smoothed(model: Model, noise: Tensor) -> Model:
+    """From images to the logarithm of the mean softmax over their draws of noise, up to a constant."""
+
+    def logits(x: Tensor) -> Tensor:
+        answers = model(_through(noise, x)).log_softmax(1)
+        return answers.view(len(noise), len(x), -1).logsumexp(0)
+
+    return logits
+
+
+def _through(noise: Tensor, x: Tensor) -> Tensor:
+    return (x + noise).flatten(0, 1).contiguous(memory_format=torch.channels_last)

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from fdml.drawing import BLUE, BROWN, DPI, GREEN, GREY, INK, ORANGE, PALE, PURPLE, WIDTH, png, style
 from fdml.files import write_whole
+from fdml.run import CHOOSE
 
 # Dots per inch and colours: lines lose nothing by a palette.
 _LINES = ((DPI, (256,)),)
@@ -33,7 +34,8 @@ class Line:
     values: list[float]
 
 
-_TERMS = {"ce": BLUE, "bce": BLUE, "kl": ORANGE, "fd": GREEN, "ml": PURPLE}
+_TERMS = {"ce": BLUE, "bce": BLUE, "kl": ORANGE, "fd": GREEN, "ml": PURPLE, "ibp": BROWN}
+_SCORES = {"clean": ("clean", BLUE), "pgd": ("PGD", ORANGE), "noisy": ("noise", GREEN), "certified": ("bounds", BROWN)}
 
 
 def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -88,9 +90,10 @@ def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def _accuracy(
     axes: Axes, role: str, main: Sequence[Mapping], teacher: Sequence[Mapping], epochs: tuple[int, int]
 ) -> None:
-    lines = [_line("clean", BLUE, main, "clean"), _line("PGD", ORANGE, main, "pgd")]
+    scores = {name: _line(label, colour, main, name) for name, (label, colour) in _SCORES.items()}
+    lines = list(scores.values())
     # The best is the one kept, and the later one of equals: as training chooses.
-    judge = lines[1] if lines[1].epochs else lines[0]
+    judge = next((scores[name] for name in CHOOSE if scores[name].epochs), lines[0])
     kept = max(zip(judge.values, judge.epochs, strict=True), default=None)
     _panel(axes, f"{role.capitalize()} on validation" + (f" (○ kept: epoch {kept[1]})" if kept else ""), lines, epochs)
     _percent(axes)

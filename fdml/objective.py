@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fdml import losses
 from fdml.guidance import Advice, Guided
+from fdml.interval import Interval, box, margins
 from fdml.models import RobustModel
 from fdml.recipe import Recipe
 from fdml.world import World
@@ -48,9 +49,18 @@ def objective(
     With S the student, T the teacher and r the weight of guidance:
     ce: CE(S(x'), soft_target); trades: CE(S(x), ·) + beta KL(S(x) ‖ S(x')); mart: BCE(S(x')) + beta KL · (1 − p_y(x)),
     then + r · fd · mean_l (1 − cos(S_l(x'), T_l(x))) + r · ml · triplet(S(x'), positive, confused negative).
+    With interval bounds: (1 − ibp) times all that + ibp · CE(the worst logits of the box), as MTL-IBP (De Palma et al.
+    2024); the statistics of the batch that the bounds are normalised by are those of x' (Shi et al. 2021).
     """
     terms = Terms()
-    logits, taps = runner(x_adv)
+    bounds = None
+    if recipe.ibp:
+        bounds, taps = runner(box(x_adv, x, box_eps(recipe, done)))
+        assert isinstance(bounds, Interval)
+        logits = bounds.nominal
+        taps = {name: tap.nominal for name, tap in taps.items() if isinstance(tap, Interval)}
+    else:
+        logits, taps = runner(x_adv)
     target = losses.soft_target(
         y,
         logits.shape[1],
@@ -85,7 +95,19 @@ def objective(
         )
         terms.losses["ml"] = weight * recipe.ml * found.loss
         terms.logs = {"active": found.active, "d_ap": found.d_ap, "d_an": found.d_an}
+    if bounds is not None:
+        others = {name: (1 - recipe.ibp) * loss for name, loss in terms.losses.items()} if recipe.ibp < 1 else {}
+        terms.losses = others | {"ibp": recipe.ibp * F.cross_entropy(margins(bounds, y), y)}
     return terms
+
+
+def box_eps(recipe: Recipe, done: float) -> float:
+    """The radius of the box when the share ``done`` of training is behind: 0 at first, slowly growing, then in
+    proportion, without a kink (Xu et al. 2020)."""
+    passed = min(1.0, done / recipe.ibp_warmup) if recipe.ibp_warmup else 1.0
+    slow = 0.25
+    grown = passed**4 if passed < slow else slow**4 + 4 * slow**3 * (passed - slow)
+    return recipe.attack_radius * recipe.eps * grown / (slow**4 + 4 * slow**3 * (1 - slow))
 
 
 def guidance_weight(recipe: Recipe, done: float) -> float:

@@ -54,12 +54,22 @@ class Recipe:
     attack_steps: int = 10
     attack_step: float = 0.25
 
+    # Randomised smoothing: the deviation of the Gaussian noise (pixel units, not clipped) that the student sees every
+    # image through, in training and validation, and the draws of it that each image is attacked and learnt through.
+    sigma: float = 0.0
+    noise_copies: int = 1
+
     # Learning the label: ce on x', trades (ce on x + beta KL) or mart; `answer` is the teacher's share of the target.
     base: Literal["ce", "trades", "mart"] = "ce"
     beta: float = 6.0
     label_smoothing: float = 0.1
     answer: float = 0.0
     temperature: float = 2.0
+
+    # Interval bounds (linf): their share of the loss, whose other terms have the rest. The box has the radius of the
+    # attack's ball, and grows to that from 0 until the share `ibp_warmup` of training.
+    ibp: float = 0.0
+    ibp_warmup: float = 0.5
 
     # Guidance by the teacher: feature distillation at `fd_layers`, and the metric term. `ramp` raises both weights
     # from 0 until the share `guidance_until` of training, `fade` lowers them to 0 by then, `hold` keeps them.
@@ -100,11 +110,18 @@ class Recipe:
             if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
                 wanted = f"between {low} and {high}" if high is not None else f"at least {low}"
                 raise InputError(f"{field}={value} is out of range: it must be {wanted}")
+        if self.ibp and (self.norm != "linf" or self.sigma or self.compile):
+            raise InputError(f"ibp={self.ibp} needs norm=linf, sigma=0 and compile=false")
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term of the student's loss looks at the teacher."""
         return self.answer > 0 or self.fd > 0 or self.ml > 0 or self.start == "teacher"
+
+    @property
+    def is_defended(self) -> bool:
+        """Whether the student learns from more than the images themselves within the threat model."""
+        return self.attack != "none" or self.ibp > 0
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -130,6 +147,8 @@ class Recipe:
             fd=0.0,
             ml=0.0,
             awp=0.0,
+            sigma=0.0,
+            ibp=0.0,
             start="random",
         )
 
@@ -153,6 +172,10 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "attack_steps": (1, 10_000),
     "attack_radius": (0.1, 3),
     "attack_step": (0, 10),
+    "sigma": (0, 4),
+    "noise_copies": (1, 1000),
+    "ibp": (0, 1),
+    "ibp_warmup": (0, 1),
     "beta": (0, None),
     "label_smoothing": (0, 1),
     "answer": (0, 1),

@@ -14,6 +14,9 @@ from fdml.recipe import Recipe, from_dict
 _OURS = ("recipe.json", "metrics.jsonl", "student.safetensors", "student-last.safetensors", "teacher.safetensors")
 _OUR_FOLDERS = ("report", "state")
 
+CHOOSE = ("certified", "noisy", "pgd", "clean")
+"""The best epoch is the one of the highest score on validation: of the first of these that its recipe has."""
+
 
 class Run:
     """A folder with ``recipe.json``, ``metrics.jsonl``, ``teacher.safetensors``, ``student.safetensors`` (best on

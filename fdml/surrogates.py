@@ -54,7 +54,7 @@ TIMED_IMAGES, TIMED_SECONDS = 16, 2.0
 _DEFAULT = Recipe(name="default").to_dict()
 _UNGUIDED = ("base", "beta", "answer", "temperature", "fd", "fd_layers", "ml", "margin", "positive", "guidance",
              "guidance_until", "awp", "awp_after", "start", "teacher_epochs", "teacher_lr", "teacher_width",
-             "test_limit")  # fmt: skip
+             "test_limit", "sigma", "noise_copies", "ibp", "ibp_warmup")  # fmt: skip
 _UNATTACKED = ("norm", "eps", "attack_radius", "attack_steps", "attack_step", "val_steps")
 
 

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,27 +15,31 @@ from rich.console import Console
 from torch import Tensor
 
 import fdml
-from fdml.adversary import attack_start, inner_attack
+from fdml.adversary import attack_start, draw_noise, inner_attack, see_through
 from fdml.attacks import pgd
 from fdml.card import Card, read_card
 from fdml.checkpoint import CUSTOM, load, load_state, save, save_state
 from fdml.data.augment import augment
 from fdml.data.dataset import DataSet, Files
 from fdml.errors import InputError, Stopped
-from fdml.evaluate import evaluate
+from fdml.evaluate import evaluate, predictions
 from fdml.guidance import Guided, Teacher
+from fdml.interval import certified
 from fdml.learner import Learner, learning_rate
 from fdml.models import RobustModel, build
 from fdml.objective import LOGS
 from fdml.progress import Progress
 from fdml.recipe import Recipe
 from fdml.report import write_report
-from fdml.run import Run
+from fdml.run import CHOOSE, Run
 from fdml.threat import Threat
 from fdml.world import World
 
 STATE_SECONDS = 60.0
 """A state is saved at the end of each epoch, and within an epoch whenever the last one is older than this."""
+
+DRAWS = 8
+"""Draws of noise that each validation image is seen through."""
 
 Make = Callable[[], RobustModel]
 
@@ -150,11 +154,15 @@ def fit(
                 generator = stream(recipe, role, epoch, step, world.rank if streams else 0, device=world.device)
                 x, y, index = augment(batch.x, recipe.augmentations, generator), batch.y, batch.index
                 start = attack_start(recipe, x, inner, generator)
+                noise = draw_noise(recipe, x, generator)
                 if not streams:
                     x, y, index, start = x[rows], y[rows], index[rows], start[rows]
+                    noise = None if noise is None else noise[:, rows]
                 x, start = (images.contiguous(memory_format=torch.channels_last) for images in (x, start))
-                x_adv = inner_attack(recipe, learner.attacked, x, start, y, inner)
+                x_adv = inner_attack(recipe, learner.attacked, x, start, y, inner, noise)
                 advice = guide.advise(x, None if recipe.augmentations else index) if guide else None
+                if noise is not None:
+                    x, x_adv, y, advice = see_through(noise, x, x_adv, y, advice)
                 done = (epoch * steps + step) / (recipe.epochs * steps)
                 values = learner.step(x, x_adv, y, advice, done)
                 position.add(values)
@@ -177,7 +185,7 @@ def fit(
             if world.leads:
                 seconds = time.monotonic() - began
                 scores = validate(recipe, learner.average, val_x, val_y, threat)
-                score = scores.get("pgd", scores["clean"])
+                score = next(scores[name] for name in CHOOSE if name in scores)
                 if score >= position.best:
                     position.best = score
                     card = make_card(recipe, data, learner.average, role, custom, {"epoch": epoch + 1, **scores})
@@ -234,7 +242,7 @@ def make_card(
         input=data.input,
         mean=tuple(model.mean.flatten().tolist()),
         std=tuple(model.std.flatten().tolist()),
-        threat={"norm": recipe.norm, "eps": recipe.eps} if recipe.attack != "none" else None,
+        threat={"norm": recipe.norm, "eps": recipe.eps} if recipe.is_defended else None,
         role=role,
         recipe=recipe.to_dict(),
         seed=recipe.seed,
@@ -245,10 +253,22 @@ def make_card(
 
 
 def validate(recipe: Recipe, model: RobustModel, x: Tensor, y: Tensor, threat: Threat) -> dict[str, float]:
-    """Clean accuracy on validation images and, where the recipe defends, accuracy under PGD."""
-    attacks = {"pgd": partial(pgd, steps=recipe.val_steps)} if recipe.attack != "none" else {}
+    """Clean accuracy on validation images and, where the recipe defends, accuracy under PGD.
+
+    Where the student sees through noise, it is the accuracy under noise in place of that under PGD: what a smoothed
+    classifier votes with. Where it learns by interval bounds, also the share of images that these certify.
+    """
+    attacks = {"pgd": partial(pgd, steps=recipe.val_steps)} if recipe.attack != "none" and not recipe.sigma else {}
     shares = evaluate(model, x, y, threat, attacks, seed=recipe.seed).shares()
-    return {name: shares[name] for name in ("clean", *attacks)}
+    scores = {name: shares[name] for name in ("clean", *attacks)}
+    if recipe.sigma:
+        noise = draw_noise(replace(recipe, noise_copies=DRAWS), x, stream(recipe, "validation", device=x.device))
+        assert noise is not None
+        right = [predictions(model, x + one) == y for one in noise]
+        scores["noisy"] = float(torch.stack(right).double().mean())
+    if recipe.ibp:
+        scores["certified"] = float(certified(model, x, y, threat.eps).double().mean())
+    return scores
 
 
 @dataclass

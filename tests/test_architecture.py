@@ -17,7 +17,7 @@ LAYERS = [
     {"card", "files", "recipe", "recipes", "threat", "losses", "inference", "world", "randomness"},
     {"models", "attacks", "data"},
     {"checkpoint", "run", "runtime"},
-    {"guidance", "objective", "adversary", "learner", "train", "progress"}
+    {"guidance", "interval", "objective", "adversary", "learner", "train", "progress"}
     | {"evaluate", "certify", "report", "drawing", "curves", "gallery", "tables", "surrogates", "judge", "craft"},
     {"export", "serve", "demo"},
     {"cli"},

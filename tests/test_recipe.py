@@ -81,6 +81,12 @@ def test_an_override_is_read_as_the_type_of_its_field(assignment: str, key: str,
         assert set(changed(before, after)) <= {key}
 
 
+@pytest.mark.parametrize("change", ["norm=l2", "sigma=0.25", "compile=true"])
+def test_interval_bounds_are_for_linf_alone(change: str) -> None:
+    with pytest.raises(InputError, match=r"ibp=1\.0 needs norm=linf, sigma=0 and compile=false"):
+        override(recipe("ibp"), [change])
+
+
 def test_of_two_overrides_the_last_holds_and_the_recipe_stays() -> None:
     after = override(BASE, ["epochs=3", "lr=0.5", "epochs=4"])
     assert (after.epochs, after.lr) == (4, 0.5)
@@ -125,6 +131,10 @@ def test_of_two_overrides_the_last_holds_and_the_recipe_stays() -> None:
         ("schedule=one_cycle", "'one_cycle'.*'one-cycle'"),
         ("precision=fp16", "'fp16'.*'bf16'|'fp16'.*'fp32'"),
         ("seed=" + "9" * 5000, "seed="),
+        ("sigma=-0.1", "sigma=-0.1.*between 0 and 4"),
+        ("sigma=64", "sigma=64.0.*between 0 and 4"),
+        ("noise_copies=0", "noise_copies=0"),
+        ("ibp=2", "ibp=2.0.*between 0 and 1"),
     ],
 )
 def test_a_wrong_override_says_what_would_be_right(assignment: str, message: str) -> None:
@@ -167,7 +177,7 @@ def test_a_teacher_is_clean_and_needs_no_teacher(name: str, dataset: str) -> Non
         assert not teacher.needs_teacher
         assert teacher.attack == "none"
         assert teacher.base == "ce"
-        assert teacher.awp == 0
+        assert (teacher.awp, teacher.sigma, teacher.ibp) == (0, 0, 0)
         assert (teacher.epochs, teacher.lr) == (student.teacher_epochs, student.teacher_lr)
         same = ("seed", "norm", "eps", "architecture", "preact", "augment", "precision", "val_fraction")
         assert all(getattr(teacher, key) == getattr(student, key) for key in same)
@@ -265,9 +275,11 @@ def test_data_sets_without_settings_are_taken_for_small_colour_images() -> None:
 @every_recipe
 def test_a_recipe_keeps_the_settings_of_its_data_set(name: str) -> None:
     # Methods are compared on one threat, network and split, or the comparison means nothing.
+    # What is to be certified by one method is compared among itself.
+    rival = {"smooth-adv": "smooth", "fdml-smooth": "smooth", "smooth": "smooth", "fdml-ibp": "ibp", "ibp": "ibp"}
     for dataset in DATA:
-        ours, others = recipe(name, dataset), recipe("pgd-at", dataset)
-        same = ("norm", "eps", "architecture", "seed", "val_fraction", "test_limit")
+        ours, others = recipe(name, dataset), recipe(rival.get(name, "pgd-at"), dataset)
+        same = ("norm", "eps", "sigma", "architecture", "seed", "val_fraction", "test_limit")
         assert all(getattr(ours, key) == getattr(others, key) for key in same)
 
 
@@ -277,8 +289,11 @@ def test_what_each_recipe_is() -> None:
     assert guided["fdml"] == (True, True)
     assert guided["fd"] == (True, False)
     assert guided["ml"] == (False, True)
-    assert {name for name, r in found.items() if r.needs_teacher} == {"fdml", "fd", "ml"}
-    assert {name for name, r in found.items() if r.attack == "none"} == {"standard"}
+    assert {name for name, r in found.items() if r.needs_teacher} == {"fdml", "fd", "ml", "fdml-smooth", "fdml-ibp"}
+    assert {name for name, r in found.items() if r.attack == "none"} == {"standard", "smooth", "ibp"}
+    assert {name for name, r in found.items() if not r.is_defended} == {"standard", "smooth"}
+    assert {name for name, r in found.items() if r.sigma} == {"smooth", "smooth-adv", "fdml-smooth"}
+    assert {name for name, r in found.items() if r.ibp} == {"ibp", "fdml-ibp"}
     assert {name for name, r in found.items() if r.attack == "n-fgsm"} == {"fast-at"}
     assert (found["pgd-at"].base, found["trades"].base, found["mart"].base) == ("ce", "trades", "mart")
 

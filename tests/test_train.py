@@ -107,7 +107,7 @@ def test_every_recipe_trains(name: str, digits: DataSet, tmp_path: Path) -> None
     assert (rows[0]["role"] == "teacher") == recipe(name).needs_teacher
     row = rows[-1]
     assert row["loss"] == pytest.approx(
-        sum(row[term] for term in ("ce", "bce", "kl", "fd", "ml") if term in row), rel=1e-4
+        sum(row[term] for term in ("ce", "bce", "kl", "fd", "ml", "ibp") if term in row), rel=1e-4
     )
 
 
@@ -330,7 +330,11 @@ def test_what_cannot_be_trained_is_refused(changes: dict, message: str, digits: 
         train(tiny(**changes), digits, tmp_path / "run")
 
 
-def test_two_processes_train_the_model_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["fdml", pytest.param("fdml-smooth", marks=pytest.mark.slow), pytest.param("fdml-ibp", marks=pytest.mark.slow)],
+)
+def test_two_processes_train_the_model_of_one(name: str, tmp_path: Path) -> None:
     """`torchrun`, gloo: the same global batches give the same student to 1e-4, and the same losses.
 
     A few steps at a low rate. The losses have kinks (the sign of a gradient, the hardest negative), where the last bit
@@ -343,7 +347,7 @@ def test_two_processes_train_the_model_of_one(tmp_path: Path) -> None:
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-                *("-m", "fdml", "train", *words, "--out", str(out)),
+                *("-m", "fdml", "train", name, *words, "--out", str(out)),
             ],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -353,8 +357,8 @@ def test_two_processes_train_the_model_of_one(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-    for name in ("student", "student-last", "teacher"):
-        a, b = weights(alone / f"{name}.safetensors"), weights(together / f"{name}.safetensors")
+    for role in ("student", "student-last", "teacher"):
+        a, b = weights(alone / f"{role}.safetensors"), weights(together / f"{role}.safetensors")
         for key in a:
             torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
     for one, two in zip(Run(alone).rows(), Run(together).rows(), strict=True):

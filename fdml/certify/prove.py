@@ -64,7 +64,8 @@ def certify(
             classes = classify(images[:1]).shape[1]
         prover = SmoothingProver(classify, classes, settings, device=images.device)
     if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < prover.classes:
-        raise InputError(f"labels are {int(labels.min())} to {int(labels.max())}, the classes 0 to {prover.classes - 1}")
+        known = prover.classes - 1
+        raise InputError(f"labels are {int(labels.min())} to {int(labels.max())}, the classes 0 to {known}")
     found: list[Certificate] = []
     for rows in torch.arange(len(images)).split(prover.together):
         found += prover.prove(chosen[rows], images[rows], None if labels is None else labels[rows])
