@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fdml.certify.graph import Network
 from fdml.certify.operators import Activation, Affine
-from fdml.certify.region import Region
+from fdml.certify.region import Region, inner
 from fdml.certify.relax import Lines, lines_of
 
 MEMORY = 2**27
@@ -89,15 +89,15 @@ def backward(
             continue
         operator, inputs = network.nodes[i].operator, network.nodes[i].inputs
         if mass is not None:
-            error = error + _inner(form.abs(), mass[i])
+            error = error + inner(form.abs(), mass[i])
         if isinstance(operator, Activation):
             if watch is not None:
                 watch(i, form)
             line = lines[i]
             above, below = form.clamp_min(0), form.clamp_max(0)
-            total = total + _inner(below, line.upper_shift)
+            total = total + inner(below, line.upper_shift)
             if line.lower_shift is not None:
-                total = total + _inner(above, line.lower_shift)
+                total = total + inner(above, line.lower_shift)
             form = above * line.lower_slope + below * line.upper_slope
             if multipliers is not None and i in multipliers:
                 form = form + multipliers[i]
@@ -115,19 +115,20 @@ def backward(
         watch(0, form)
     total = total + region.minimum(form)
     if mass is not None:
-        error = error + _inner(form.abs(), region.magnitude)
+        error = error + inner(form.abs(), region.magnitude)
         total = total - unit(network) * (error + total.abs())
     return total
-
-
-def _inner(form: Tensor, value: Tensor) -> Tensor:
-    return torch.einsum("sdn,dn->sd", form.flatten(2), value.flatten(1))
 
 
 def interval(network: Network, region: Region) -> tuple[Tensor, Tensor]:
     """Bounds of the outputs (d, m) by interval arithmetic, rounding covered."""
     boxes = _forward(network, region, None)[1]
     return boxes[-1][0].flatten(1), boxes[-1][1].flatten(1)
+
+
+def intervals(network: Network, region: Region) -> Bounds:
+    """Bounds of every activation's input by interval arithmetic."""
+    return _forward(network, region, None)[0]
 
 
 def crown(network: Network, region: Region, *, deadline: float | None = None) -> Bounds:
@@ -238,10 +239,19 @@ def margins(network: Network, bounds: Bounds, weight: Tensor) -> Tensor:
 
 
 def crown_margins(network: Network, lower: Tensor, upper: Tensor, labels: Tensor) -> Tensor:
-    """A lower bound (b,) of output[label] − max of the others, over each box of (b, n)."""
+    """A proved lower bound (b,) of output[label] − max of the others, over each box of (b, n).
+
+    By intervals with the last layer taken backward, and by CROWN where that does not reach 0.
+    """
     region = Region(lower.double(), upper.double())
-    classes = network.outputs
-    eye = torch.eye(classes, dtype=torch.float64)
+    eye = torch.eye(network.outputs, dtype=torch.float64)
     weight = eye[labels][:, None] - eye
-    found = margins(network, crown(network, region), weight)
-    return found.scatter(1, labels[:, None], torch.inf).amin(1)
+    largest = max(node.size for node in network.nodes)
+    found = torch.full((len(lower),), -torch.inf, dtype=torch.float64)
+    for bound in (intervals, crown):
+        left = (~(found > 0)).nonzero()[:, 0]
+        for rows in left.split(max(1, MEMORY // (64 * largest))):
+            value = margins(network, bound(network, region.rows(rows)), weight[rows])
+            value = value.scatter(1, labels[rows, None], torch.inf).amin(1)
+            found[rows] = torch.maximum(found[rows], value)
+    return found

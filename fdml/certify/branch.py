@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fdml.certify.bounds import Bounds, backward
 from fdml.certify.graph import Network
+from fdml.certify.leaf import solved
 from fdml.certify.relax import Lines
-from fdml.certify.slopes import Relaxation, proof_lines
+from fdml.certify.slopes import DECAY, RATE, Adam, Relaxation, _kind, proof_lines
 
 BATCH = 256  # domains at once, at most
 VALUES = 2**22  # elements of the largest layer over all domains of a batch
@@ -134,7 +135,7 @@ def branch(
     proved = torch.full((len(forms),), torch.inf, dtype=torch.float64)
     queue: list[tuple[float, int, Domain]] = []
     stuck: list[Domain] = []
-    count, serial, done, stopped = 0, itertools.count(), 0, False
+    serial, done, stopped = itertools.count(), 0, False
     total = sum(shared.sizes)
     largest = max(item.size for item in network.nodes)
     batch = max(2, min(BATCH, VALUES // largest // forms.shape[1]))
@@ -149,7 +150,12 @@ def branch(
         if not fresh:
             if stopped or time.monotonic() >= deadline or (limit is not None and done >= limit):
                 break
-            picked = [heapq.heappop(queue)[2] for _ in range(min(batch // 2, len(queue)))]
+            wanted = min(batch // 2, len(queue))
+            if len(queue) * (5 * total + 500) < QUEUE:
+                picked = [heapq.heappop(queue)[2] for _ in range(wanted)]
+            else:  # those nearest to their proof, which leave no children behind
+                queue.sort()
+                picked = [queue.pop()[2] for _ in range(wanted)]
             fresh = _children(picked, batch)
         for at in range(0, len(fresh), batch):
             part = fresh[at : at + batch]
@@ -162,13 +168,49 @@ def branch(
                     proved[domain.problem] = min(proved[domain.problem], value)
                 elif (domain.split == 0).any():
                     heapq.heappush(queue, (domain.bound, next(serial), domain))
+                elif (value := _at_a_leaf(shared, domain, forms, offsets, watch)) > 0:
+                    proved[domain.problem] = min(proved[domain.problem], value)
                 else:
+                    domain.bound = max(domain.bound, value)
                     stuck.append(domain)
         fresh = []
-        count += 1
     for domain in [*stuck, *fresh, *(item[2] for item in queue)]:
         proved[domain.problem] = min(proved[domain.problem], domain.bound)
     return Outcome(proved, done, stopped)
+
+
+def _at_a_leaf(shared: Branching, domain: Domain, forms: Tensor, offsets: Tensor, watch: Callable) -> float:
+    """The proved bound of a domain without an unstable relu, by the multipliers of its linear program."""
+    network, relaxation = shared.network, shared.relaxation
+    if shared.bounds.region.radius is not None or any(
+        _kind(network, i) != "relu" for i in network.activations if i < shared.node
+    ):
+        return domain.bound
+    active, split = {}, {}
+    parts = dict(zip(shared.layers, domain.split.split(shared.sizes), strict=True))
+    for i in (i for i in network.activations if i < shared.node):
+        sign = torch.zeros(network.nodes[i].size, dtype=torch.int8)
+        on = relaxation.fixed[i].lower_slope.flatten().double()
+        if i in parts:
+            sign[shared.index[i]] = parts[i]
+            on[shared.index[i]] = (parts[i] > 0).double()
+        active[i], split[i] = on.view(network.nodes[i].shape), sign.view(network.nodes[i].shape)
+    region, form = shared.bounds.region, forms[domain.problem]
+    box = region.lower[0], region.upper[0]
+    found = solved(network, shared.node, form, offsets[domain.problem], box, active, split)
+    if found is None:
+        return domain.bound
+    weight, multipliers, x = found
+    watch(x[None].float())
+    # One form, the weighted sum of the rows: where it is above 0, some row is.
+    beta = torch.cat([multipliers[i].flatten()[shared.index[i]] for i in shared.layers])[None]
+    total = weight.sum().clamp_min(1e-9)
+    share, offset = weight / total, offsets[domain.problem]
+    one = torch.einsum("r,r...->...", share, form)[None, None]
+    value = shared.bound(one, torch.zeros_like(beta), beta / total, domain.split[None]) + share @ offset
+    # The sum of the rows is itself rounded.
+    size = (form.flatten(1).abs() @ shared.bounds.mass[shared.node].flatten() + offset.abs()).sum()
+    return max(domain.bound, float(value - 1e-14 * len(offset) * size))
 
 
 def _coefficients(shared: Branching, forms: Tensor) -> Tensor:
@@ -217,7 +259,7 @@ def _bounded(
     split = torch.stack([domain.split for domain in domains])
     best = torch.full((len(domains),), -torch.inf)
     kept = [alpha.clone(), beta.clone()]
-    moments = [torch.zeros_like(alpha) for _ in range(4)]
+    ascents = [Adam(alpha), Adam(beta)]
     score, points = torch.zeros_like(alpha), form.new_zeros(len(domains), shared.network.inputs)
     if not shared.layers:
         steps = 0
@@ -232,7 +274,7 @@ def _bounded(
                 watch = _Watch(shared)
                 with torch.no_grad():
                     shared.bound(form, alpha, beta, split, watch)
-            gradients = [] if last else torch.autograd.grad(-rows.sum(), leaves)
+            gradients = [] if last else torch.autograd.grad(rows.sum(), leaves)
         alpha, beta, value = alpha.detach(), beta.detach(), value.detach()
         better = (value > best)[:, None]
         kept = [torch.where(better, new, old) for new, old in zip((alpha, beta), kept, strict=True)]
@@ -242,18 +284,14 @@ def _bounded(
             score = watch.score(rows.detach())
             points = watch.points(shared, rows.detach())
             break
-        decay = 0.98**step
-        alpha = _adam(alpha, gradients[0], moments[:2], step, 0.1 * decay).clamp(0, 1)
-        beta = _adam(beta, gradients[1], moments[2:], step, rate * decay).clamp_min(0)
+        decay = DECAY**step
+        alpha = ascents[0].step(alpha, gradients[0], RATE * decay).clamp(0, 1)
+        beta = ascents[1].step(beta, gradients[1], rate * decay).clamp_min(0)
     alpha, beta = kept
     score = torch.where(split == 0, score, -1)
     order = score.argsort(1, descending=True)[:, :8]
-    proof = torch.tensor([domain.bound for domain in domains], dtype=torch.float64)
-    # Only what float32 takes for decided, or has improved at a root, is worth its pass in float64.
-    chosen = (best > 0) | ~proof.isfinite()
-    if chosen.any():
-        exact = shared.bound(exact_form[:, chosen], alpha[chosen].double(), beta[chosen].double(), split[chosen])
-        proof[chosen] = torch.maximum(proof[chosen], (exact + offset[:, chosen]).amax(0))
+    exact = shared.bound(exact_form, alpha.double(), beta.double(), split)
+    proof = (exact + offset).amax(0)
     ready = [
         Domain(d.problem, d.bound, a, b, s, o)
         for d, a, b, s, o in zip(domains, alpha.half(), beta.half(), split, order, strict=True)
@@ -275,21 +313,14 @@ class _Watch:
             self.forms[i] = form.detach().flatten(2)[:, :, self.index[i]]
 
     def score(self, rows: Tensor) -> Tensor:
-        """What splitting each relu may win (d, u): the chord's distance from the relu where the coefficient makes the
-        chord count, and a part of it elsewhere."""
+        """What splitting each relu may win (d, u): the chord's distance from the relu times the coefficient, where that
+        is negative and so makes the chord count; elsewhere the slope below has been optimised, and little is won."""
         if not self.forms:
             return rows.new_zeros(rows.shape[1], 0)
         form = torch.cat([self.forms[i] for i in sorted(self.forms)], 2)
-        return (self.gap * torch.where(form < 0, -form, 0.3 * form)).amax(0)
+        return (self.gap * torch.where(form < 0, -form, 1e-3 * form)).amax(0)
 
     def points(self, shared: Branching, rows: Tensor) -> Tensor:
         region = shared.relaxation.region.expand(rows.shape[1])
         best = rows.argmax(0)
         return region.minimiser(self.input)[best, torch.arange(rows.shape[1])]
-
-
-def _adam(x: Tensor, gradient: Tensor, moments: list[Tensor], step: int, rate: float) -> Tensor:
-    moments[0].mul_(0.9).add_(gradient, alpha=0.1)
-    moments[1].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-    first, second = moments[0] / (1 - 0.9 ** (step + 1)), moments[1] / (1 - 0.999 ** (step + 1))
-    return x - rate * first / (second.sqrt() + 1e-12)

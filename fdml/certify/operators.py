@@ -244,8 +244,10 @@ class Sum(Affine):
 
     def interval(self, *boxes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         pairs = [box if sign > 0 else (-box[1], -box[0]) for sign, box in zip(self.signs, boxes, strict=True)]
-        lows, highs = zip(*pairs, strict=True)
-        return sum(lows[1:], lows[0]), sum(highs[1:], highs[0])
+        low, high = pairs[0]
+        for lower, upper in pairs[1:]:
+            low, high = low + lower, high + upper
+        return low, high
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,10 @@ class Region:
     def minimum(self, form: Tensor) -> Tensor:
         """A lower bound of form · x over each region, (s, d), for forms (s, d, n)."""
         middle, reach = (self.lower + self.upper) / 2, (self.upper - self.lower) / 2
-        found = _inner(form, middle) - _inner(form.abs(), reach)
+        found = inner(form, middle) - inner(form.abs(), reach)
         if self.center is None or self.radius is None:
             return found
-        ball = _inner(form, self.center) - form.norm(dim=2) * self.radius
+        ball = inner(form, self.center) - form.norm(dim=2) * self.radius
         return torch.maximum(found, ball)
 
     def minimiser(self, form: Tensor) -> Tensor:
@@ -74,8 +74,9 @@ class Region:
         return torch.minimum(torch.maximum(x, self.lower), self.upper)
 
 
-def _inner(form: Tensor, x: Tensor) -> Tensor:
-    return torch.einsum("sdn,dn->sd", form, x)
+def inner(form: Tensor, value: Tensor) -> Tensor:
+    """form · value, (s, d), for forms (s, d, *shape) and values (d, *shape)."""
+    return torch.einsum("sdn,dn->sd", form.flatten(2), value.flatten(1))
 
 
 def robust(

@@ -3,16 +3,22 @@
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fdml.certify.property import Clause, Property
-from fdml.certify.runner import OnnxRunner
 
 ROWS = 128  # points that climb together
 SMALL = torch.finfo(torch.float32).tiny
+
+
+class Runner(Protocol):
+    """The model itself: ``OnnxRunner``, or whatever else answers rows (b, n) with rows (b, m), float32."""
+
+    def run(self, x: np.ndarray) -> np.ndarray: ...
 
 
 def search(
@@ -56,7 +62,7 @@ def search(
             return
 
 
-def confirm(runner: OnnxRunner, prop: Property, candidates: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+def confirm(runner: Runner, prop: Property, candidates: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
     """A counter-example (x, y), float32 (n,) and (m,), or None if no candidate of (k, n) is one.
 
     The candidates are first moved to the nearest float32 points inside the region. y is what the ONNX model gives for x

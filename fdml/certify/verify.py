@@ -14,12 +14,13 @@ from fdml.certify.graph import Network
 from fdml.certify.inputsplit import split_inputs
 from fdml.certify.property import Clause, Property
 from fdml.certify.region import Region
-from fdml.certify.runner import OnnxRunner
-from fdml.certify.search import confirm, search
+from fdml.certify.search import Runner, confirm, search
 from fdml.certify.slopes import optimised, tightened
 
 FEW_INPUTS = 20
 """Up to so many inputs the box is split, beyond it the relus."""
+PATIENCE = 2.0
+"""Seconds of splitting after which the thorough search for a counter-example has its turn."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def verify(
     network: Network,
     properties: Sequence[Property],
     *,
-    runner: OnnxRunner | None = None,
+    runner: Runner | None = None,
     timeout: float,
     seed: int = 0,
     attack: bool = True,
@@ -67,7 +68,15 @@ class _Found(Exception):  # noqa: N818 — a way out of nested loops
 
 
 class _Verification:
-    def __init__(self, network, runner, timeout, seed, split, watch) -> None:
+    def __init__(
+        self,
+        network: Network,
+        runner: Runner | None,
+        timeout: float,
+        seed: int,
+        split: bool,
+        watch: Callable[[str, float, int], None] | None,
+    ) -> None:
         self.begun = time.monotonic()
         self.network, self.runner, self.seed, self.split = network, runner, seed, split
         self.deadline = self.begun + timeout
@@ -141,11 +150,15 @@ class _Verification:
             self.domains += count
             proof[left] = torch.maximum(proof[left], found)
             return float(proof.min())
-        self._attack(prop, 100, 30, self.seed + 1)
         self.method = "branch-and-bound"
+        patient_until = time.monotonic() + PATIENCE
 
         def look(points: Tensor) -> bool:
+            nonlocal patient_until
             self._try(prop, points, "branch-and-bound")
+            if time.monotonic() > patient_until:
+                patient_until = torch.inf
+                self._attack(prop, 100, 30, self.seed + 1, starts=points[:10])
             return False
 
         outcome = branch(self.network, bounds, last, forms[left], offsets[left], deadline=self.deadline, watch=look)
@@ -153,11 +166,12 @@ class _Verification:
         proof[left] = torch.maximum(proof[left], outcome.bound)
         return float(proof.min())
 
-    def _attack(self, prop: Property, steps: int, restarts: int, seed: int) -> None:
+    def _attack(self, prop: Property, steps: int, restarts: int, seed: int, starts: Tensor | None = None) -> None:
         if self.runner is None:
             return
+        settings = {"steps": steps, "restarts": restarts, "seed": seed, "deadline": self.deadline}
         with torch.enable_grad():
-            found = search(self.network.single, prop, steps=steps, restarts=restarts, seed=seed, deadline=self.deadline)
+            found = search(self.network.single, prop, **settings, starts=starts)
             for points in found:
                 self._confirm(prop, points, "pgd")
 

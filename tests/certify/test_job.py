@@ -81,7 +81,7 @@ def test_a_kill_loses_nothing_that_was_certified(noisy: Path, whole: Path, tmp_p
 
 def test_other_work_does_not_go_on_in_the_same_folder(noisy: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="settings"):
-        certify_data(noisy, DIGITS, whole, **(QUICK | {"n": 3000}), resume=True)
+        certify_data(noisy, DIGITS, whole, **{**QUICK, "n": 3000}, resume=True)
     with pytest.raises(InputError, match="no certificates to go on with"):
         certify_data(noisy, DIGITS, tmp_path, **QUICK, resume=True)
 
@@ -143,7 +143,7 @@ def test_a_sigma_that_the_model_never_saw_is_refused_unless_forced(noisy: Path, 
 )
 def test_values_out_of_range_are_refused(noisy: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        certify_data(noisy, DIGITS, tmp_path, **({"limit": 2} | options))
+        certify_data(noisy, DIGITS, tmp_path, **{"limit": 2, **options})
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
@@ -152,6 +152,7 @@ def test_labels_outside_the_classes_are_refused(noisy: Path, tmp_path: Path) -> 
 
     from fdml.data.dataset import Arrays
 
+    assert isinstance(DIGITS.test, Arrays)
     wrong = replace(DIGITS, test=Arrays(DIGITS.test.images, torch.full_like(DIGITS.test.labels, 10)))
     with pytest.raises(InputError, match="label 10, but the classes are 0 to 9"):
         certify_data(noisy, wrong, tmp_path)

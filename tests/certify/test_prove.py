@@ -68,6 +68,7 @@ def test_an_image_off_the_grid_pays_for_the_distance(noisy: Path) -> None:
     fixed = replace(SAMPLING, sequential=False)
     (on,), (moved,) = certify(model, X[:1], fixed), certify(model, off, fixed)
     assert on.shift == 0
+    assert moved.shift is not None
     assert moved.shift == pytest.approx(float((off - X[:1]).norm()), rel=1e-5)
     assert moved.hits == on.hits, "the grid point is the same"
     assert moved.radius == pytest.approx(on.radius - moved.shift)

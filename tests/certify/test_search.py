@@ -29,6 +29,12 @@ class Torch:
         return self.network(torch.from_numpy(x)).detach().numpy()
 
 
+def one(result):
+    """The result, of which there has to be one."""
+    assert result is not None
+    return result
+
+
 def found(network, prop, **settings):
     for candidates in search(network, prop, **settings):
         if counter := confirm(Torch(network), prop, candidates):
@@ -53,7 +59,7 @@ def test_a_linear_network_is_refuted_exactly_when_its_corner_is(seed):
 def test_all_rows_of_one_clause_have_to_hold():
     # y_0 >= 0.9 or y_1 >= 0.9 is easy alone; both, and a third row, hold in a corner of the box only.
     both = rows([[1, 0], [0, 1], [-1, 1]], [-0.9, -0.9, 0.05])
-    _x, y = found(lambda x: x, box([0.0, 0.0], [1.0, 1.0], rows([[1, 1]], [-2.1]), both))
+    _x, y = one(found(lambda x: x, box([0.0, 0.0], [1.0, 1.0], rows([[1, 1]], [-2.1]), both)))
     assert (y >= 0.9).all()
     assert y[1] - y[0] >= -0.05
     assert found(lambda x: x, box([0.0, 0.0], [1.0, 0.89], both)) is None
@@ -107,7 +113,7 @@ def test_given_starts_are_tried():
 
     prop = box([0.0] * 4, [1.0] * 4, rows([[1]], [-0.5]))
     assert found(network, prop) is None
-    x, _ = found(network, prop, starts=torch.full((1, 4), 0.123))
+    x, _ = one(found(network, prop, starts=torch.full((1, 4), 0.123)))
     np.testing.assert_allclose(x, 0.123, atol=1e-4)
 
 
@@ -137,7 +143,7 @@ def test_the_deadline_ends_the_search():
 
 
 def test_bounds_are_rounded_inward_to_float32():
-    lower, upper = inside(box([0.1, -0.1, 0.5, -1e-60], [0.3, 0.3, 0.5, 1e60]))
+    lower, upper = one(inside(box([0.1, -0.1, 0.5, -1e-60], [0.3, 0.3, 0.5, 1e60])))
     assert lower.dtype == torch.float32
     lower, upper = lower.tolist(), upper.tolist()
     # As float64: numpy would round 0.1 to float32 before it compares.
@@ -159,7 +165,7 @@ def test_without_a_float32_in_the_box_nothing_is_found():
 def test_confirmation_moves_candidates_into_the_region():
     upper = 0.1  # float32(0.1) is above it
     prop = box([0.0], [upper], rows([[1.0]], [-0.05]))
-    x, y = confirm(Torch(lambda x: x), prop, torch.tensor([[0.1], [0.06]]))
+    x, y = one(confirm(Torch(lambda x: x), prop, torch.tensor([[0.1], [0.06]])))
     assert 0.0999 < float(x[0]) <= upper
     assert x.dtype == np.float32
     assert y == x
@@ -180,7 +186,7 @@ def test_confirmation_believes_single_runs_and_finite_outputs_only():
 
     prop = box([0.0], [1.0], rows([[1]], [-0.55]))
     candidates = torch.tensor([[0.5], [0.6]])
-    x, y = confirm(Wobbling(), prop, candidates)
+    x, y = one(confirm(Wobbling(), prop, candidates))
     assert x == y == np.float32(0.6)
     assert confirm(Wobbling(), prop, candidates[:1].repeat(2, 1)) is None
     for value in (np.inf, np.nan):

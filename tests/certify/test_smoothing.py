@@ -110,7 +110,7 @@ def test_wrong_certificates_are_as_rare_as_alpha_says(method: str) -> None:
     # A classifier whose probability is known: it answers 0 where the first pixel's noise is below a threshold. Asked
     # about exactly the radius that is true, a certificate beyond it is an error.
     alpha, trials, p = 0.02, 600, 0.9
-    threshold = stats.norm.ppf(p) * SIGMA
+    threshold = float(stats.norm.ppf(p)) * SIGMA
 
     def classify(x: Tensor) -> Tensor:
         score = threshold + 0.5 / LEVELS - (x[:, 0, 0, 0] - 128 / LEVELS)
@@ -120,7 +120,7 @@ def test_wrong_certificates_are_as_rare_as_alpha_says(method: str) -> None:
     # The grid moves the threshold to the next multiple of 1/255: the probability there is the true one.
     cut = math.floor(threshold * LEVELS + 0.5)
     true = float(stats.norm.cdf((cut + 0.5) / LEVELS / SIGMA))
-    radius = SIGMA * stats.norm.ppf(true)
+    radius = float(SIGMA * stats.norm.ppf(true))
     smooth = smoother(classify, alpha=alpha)
     wrong = 0
     for number in range(trials):
