@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+_BEGAN = time.monotonic()
+"""A limit in seconds counts from here, so that it holds what imports take."""
 
 # Which extra brings what a command may find missing.
 _EXTRAS = {
@@ -278,7 +282,7 @@ def certify(
     if vnnlib is not None:
         from fdml.certify.competition import decide
 
-        verdict = decide(model, vnnlib, timeout=timeout, out=out, seed=seed)
+        verdict = decide(model, vnnlib, timeout=timeout, out=out, seed=seed, began=_BEGAN)
         print(json.dumps(verdict.to_dict()) if as_json else verdict.word)
         return
     if resume and overwrite:

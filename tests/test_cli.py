@@ -1,12 +1,10 @@
 """The command line as a user meets it: what is printed, the exit status, and one line for every mistake."""
 
-import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from command_line import call
 from PIL import Image
 
 import fdml
@@ -30,19 +29,6 @@ TINY = {"width": 4, "epochs": 2, "teacher_epochs": 1, "attack_steps": 2, "val_st
     "val_limit": 40,
 }
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
-
-
-def call(*words: object) -> tuple[int, str, str]:
-    """The exit status, standard output and standard error of ``fdml words…``, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        patch.object(sys, "argv", ["fdml", *map(str, words)]),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        pytest.raises(SystemExit) as stop,
-    ):
-        main()
-    return int(stop.value.code or 0), out.getvalue(), err.getvalue()
 
 
 def succeeds(*words: object) -> str:

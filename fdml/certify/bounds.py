@@ -3,14 +3,14 @@
 Sources: Gowal et al. 2018 (IBP); Zhang et al. 2018 (CROWN), in the backward form over a graph of Xu et al. 2020; Xu et
 al. 2021 (alpha-CROWN).
 
-What is guaranteed. Every bound that leaves this module in float64 is a bound of the network in real arithmetic: of the
+What is guaranteed. Every bound that is computed with ``mass`` is a bound of the network in real arithmetic: of the
 function that the ONNX file describes, with its float32 weights taken exactly. The slopes of the relaxation may be any
-numbers in their range, so they are searched for in float32; the bound that counts is then computed in float64, and what
-its own rounding can amount to is taken off it. That amount is ``unit`` times the sum, over all operators that the
-form passed, of |coefficient| times the largest sum of absolute terms that the operator can produce on the region
-(``mass``): a backward error analysis whose constant is at least twice the longest sum times 2^-53. ONNX Runtime
-computes in float32 and may differ from the real function by about 1e-6 of its intermediate values; a certificate says
-nothing about differences of that size.
+numbers in their range, so they are searched for without that care; then the bound that counts is computed, in float32
+or float64, and what its own rounding can amount to is taken off it. That amount is the sum, over all operators that
+the form passed, of |coefficient| times the largest sum of absolute terms that the operator can produce on the region
+(``mass``), times ``Network.rounding``: at least twice the length of the operator's sums in units of the last place.
+Sums over a whole value, which are longest, are taken in float64. ONNX Runtime computes in float32 and may differ from
+the real function by about 1e-6 of its intermediate values; a certificate says nothing about differences of that size.
 """
 
 import time
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fdml.certify.graph import Network
 from fdml.certify.operators import Activation, Affine
-from fdml.certify.region import Region, inner
+from fdml.certify.region import Region, exact_inner, inner
 from fdml.certify.relax import Lines, lines_of
 
 MEMORY = 2**27
@@ -44,6 +44,10 @@ class Bounds:
         """The default lines of every activation."""
         return {i: lines_of(_kind(network, i), lower, upper).to(dtype) for i, (lower, upper) in self.before.items()}
 
+    def single_mass(self) -> dict[int, Tensor]:
+        """``mass`` in float32."""
+        return {i: mass.float() for i, mass in self.mass.items()}
+
     def rows(self, index: Tensor) -> "Bounds":
         """The bounds of some of the regions."""
         return Bounds(
@@ -57,12 +61,6 @@ def _kind(network: Network, i: int) -> str:
     operator = network.nodes[i].operator
     assert isinstance(operator, Activation)
     return operator.kind
-
-
-def unit(network: Network) -> float:
-    """What rounding can add to a computed sum, relative to its sum of absolute terms, in float64."""
-    longest = max(max(node.size, node.operator.terms if node.operator else 1) for node in network.nodes)
-    return 4 * (longest + len(network.nodes)) * 2.0**-53
 
 
 def backward(
@@ -80,24 +78,26 @@ def backward(
 
     ``multipliers`` are added to the forms at the inputs of activations, (d, *shape): those of split constraints.
     ``watch`` sees the form at each activation's output and, as node 0, at the input. With ``mass`` the rounding of the
-    computation is taken off, which float64 is needed for.
+    computation is taken off. The forms are in the dtype of ``network``, the bound is in float64.
     """
     s, d = form.shape[:2]
-    forms, total, error = {node: form}, form.new_zeros(s, d), form.new_zeros(s, d)
+    zeros = torch.zeros(s, d, dtype=torch.float64, device=form.device)
+    forms, total, error = {node: form}, zeros, zeros
+    dot = inner if mass is None else exact_inner
     for i in range(node, 0, -1):
         if (form := forms.pop(i, None)) is None:  # pyright: ignore[reportAssignmentType]
             continue
         operator, inputs = network.nodes[i].operator, network.nodes[i].inputs
         if mass is not None:
-            error = error + inner(form.abs(), mass[i])
+            error = error + network.rounding[i] * inner(form.abs(), mass[i].to(form.dtype))
         if isinstance(operator, Activation):
             if watch is not None:
                 watch(i, form)
             line = lines[i]
             above, below = form.clamp_min(0), form.clamp_max(0)
-            total = total + inner(below, line.upper_shift)
+            total = total + dot(below, line.upper_shift)
             if line.lower_shift is not None:
-                total = total + inner(above, line.lower_shift)
+                total = total + dot(above, line.lower_shift)
             form = above * line.lower_slope + below * line.upper_slope
             if multipliers is not None and i in multipliers:
                 form = form + multipliers[i]
@@ -113,10 +113,11 @@ def backward(
     form = forms[0].flatten(2)
     if watch is not None:
         watch(0, form)
-    total = total + region.minimum(form)
+    total = total + region.minimum(form, dot)
     if mass is not None:
-        error = error + inner(form.abs(), region.magnitude)
-        total = total - unit(network) * (error + total.abs())
+        error = error + network.rounding[0] * inner(form.abs(), region.magnitude)
+        # The error is itself rounded, and so is the sum of the parts.
+        total = total - 1.05 * error - len(network.nodes) * 2.0**-50 * total.abs()
     return total
 
 
@@ -147,7 +148,7 @@ Refine = Callable[[Bounds, int, Tensor, Tensor], tuple[Tensor, Tensor]]
 def _forward(network: Network, region: Region, refine: Refine | None) -> tuple[Bounds, list[tuple[Tensor, Tensor]]]:
     """The bounds and the boxes of all nodes; ``refine`` may tighten those of each activation's input."""
     assert network.dtype == torch.float64 == region.lower.dtype
-    bounds, eps = Bounds(region), unit(network)
+    bounds = Bounds(region)
     shape = network.nodes[0].shape
     boxes = [(region.lower.reshape(-1, *shape), region.upper.reshape(-1, *shape))]
     sizes = [region.magnitude.reshape(-1, *shape)]
@@ -163,11 +164,13 @@ def _forward(network: Network, region: Region, refine: Refine | None) -> tuple[B
             bounds.before[i] = (lower, upper)
             low, high = operator.interval((lower, upper))
             mass = torch.maximum(lower.abs(), upper.abs()) + 1
+            eps = network.rounding[i]
             low, high = low - eps * mass * (operator.kind != "relu"), high + eps * mass
         else:
             assert isinstance(operator, Affine)
             low, high = operator.interval(*(boxes[j] for j in node.inputs))
             mass = operator.magnitude(*(sizes[j] for j in node.inputs))
+            eps = network.rounding[i]
             low, high = low - eps * mass, high + eps * mass
         bounds.mass[i] = mass
         boxes.append((low, high))
@@ -200,14 +203,15 @@ def _refined(
     unstable = _unstable(_kind(network, i), lower, upper)
     if not unstable.any() or (bounds.region.radius is None and _exact(network, j)):
         return lower, upper
-    index, lines = _chosen(unstable), bounds.lines(network, torch.float64)
+    index, fast = _chosen(unstable), network.single
+    lines, mass, region = bounds.lines(network, fast.dtype), bounds.single_mass(), bounds.region.single()
     low, high = lower.flatten(1).clone(), upper.flatten(1).clone()
-    for part in index.split(rows_at_once(network, len(lower), 8)):
+    for part in index.split(rows_at_once(network, len(lower), 4)):
         for sign in (1, -1):
             if deadline is not None and time.monotonic() >= deadline:
                 break
-            form = _unit_forms(part, network.nodes[j].shape, sign, torch.float64)
-            found = sign * backward(network, j, form, lines, bounds.region, mass=bounds.mass)
+            form = _unit_forms(part, network.nodes[j].shape, sign, fast.dtype)
+            found = sign * backward(fast, j, form, lines, region, mass=mass)
             target, better = (low, torch.maximum) if sign > 0 else (high, torch.minimum)
             target.scatter_(1, part.T, better(target.gather(1, part.T), found.T))
     return low.view_as(lower), high.view_as(upper)

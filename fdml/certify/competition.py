@@ -39,13 +39,16 @@ class Decision:
         }
 
 
-def decide(model: Path, vnnlib: Path, *, timeout: float, out: Path | None = None, seed: int = 0) -> Decision:
+def decide(
+    model: Path, vnnlib: Path, *, timeout: float, out: Path | None = None, seed: int = 0, began: float | None = None
+) -> Decision:
     """Decides whether any input that the property file allows gives an output that it asks for, within ``timeout``
-    seconds in all. A counter-example, confirmed by running the ONNX file itself, is written to ``out``.
+    seconds in all, which count from ``began`` (time.monotonic; None: now). A counter-example, confirmed by running the
+    ONNX file itself, is written to ``out``.
 
     Raises ``InputError`` for a network that bounds do not cover and for a file that does not fit it.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     if model.name.removesuffix(".gz").rpartition(".")[2] != "onnx":
         raise InputError(f"{model}: --vnnlib is about an ONNX file: .onnx or .onnx.gz")
     if not 0 < timeout < math.inf:

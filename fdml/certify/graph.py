@@ -68,6 +68,15 @@ class Network:
         return self.to(torch.float32)
 
     @cached_property
+    def rounding(self) -> tuple[float, ...]:
+        """For each node what rounding can add to a form that passes it, relative to its sum of absolute terms: of
+        sums as long as the operator's in ``dtype``, and of one over the whole value in float64."""
+        unit = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}[self.dtype]
+        terms = (node.operator.terms if node.operator else 1 for node in self.nodes)
+        whole = (node.size + len(self.nodes) for node in self.nodes)
+        return tuple(4 * (n + 8) * unit + 4 * m * 2.0**-53 for n, m in zip(terms, whole, strict=True))
+
+    @cached_property
     def activations(self) -> tuple[int, ...]:
         """The indices of the nodes that are activations."""
         return tuple(i for i, node in enumerate(self.nodes) if isinstance(node.operator, Activation))

@@ -6,6 +6,7 @@ Each affine operator knows its map (``forward``), its adjoint without the consta
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from math import prod
 from typing import Self
 
@@ -68,7 +69,7 @@ class Dense(Affine):
         return [form @ self.weight]
 
     def constant(self, form: Tensor) -> Tensor:
-        return (form @ self.bias).flatten(1).sum(1) if form.dim() > 2 else form @ self.bias
+        return (form * self.bias).flatten(1).sum(1, dtype=torch.float64)
 
     def magnitude(self, *xs: Tensor) -> Tensor:
         return F.linear(xs[0], self.weight.abs(), self.bias.abs())
@@ -116,7 +117,7 @@ class Conv(Affine):
         return [found[:, None]]
 
     def constant(self, form: Tensor) -> Tensor:
-        return form.sum((1, 3, 4)) @ self.bias
+        return (form.sum((1, 3, 4), dtype=torch.float64) * self.bias).sum(1)
 
     def magnitude(self, *xs: Tensor) -> Tensor:
         return self._conv(xs[0], self.weight.abs(), self.bias.abs())
@@ -142,7 +143,7 @@ class Scale(Affine):
         return [form * self.scale]
 
     def constant(self, form: Tensor) -> Tensor:
-        return (form * self.shift).flatten(1).sum(1)
+        return (form * self.shift).flatten(1).sum(1, dtype=torch.float64)
 
     def magnitude(self, *xs: Tensor) -> Tensor:
         return xs[0] * self.scale.abs() + self.shift.abs()
@@ -186,9 +187,9 @@ class Select(Affine):
     index: Tensor
     before: tuple[int, ...]
 
-    @property
+    @cached_property
     def terms(self) -> int:
-        return self.index.numel()
+        return int(self.index[self.index >= 0].bincount().amax()) if (self.index >= 0).any() else 1
 
     def forward(self, *xs: Tensor) -> Tensor:
         found = xs[0].flatten(1)[:, self.index.flatten().clamp_min(0)]

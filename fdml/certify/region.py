@@ -1,6 +1,6 @@
 """Sets of inputs, and linear forms on them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,9 @@ class Region:
         upper = torch.where(upper.double() < self.upper, upper.nextafter(infinity), upper)
         if self.center is None or self.radius is None:
             return Region(lower, upper)
-        return Region(lower, upper, self.center.float(), self.radius.float() * (1 + 1e-6))
+        center = self.center.float()
+        radius = self.radius + (center.double() - self.center).norm(dim=1)
+        return Region(lower, upper, center, radius.float() * (1 + 1e-6))
 
     def rows(self, index: Tensor | slice) -> "Region":
         if self.center is None or self.radius is None:
@@ -56,13 +58,15 @@ class Region:
     def magnitude(self) -> Tensor:
         return torch.maximum(self.lower.abs(), self.upper.abs())
 
-    def minimum(self, form: Tensor) -> Tensor:
-        """A lower bound of form · x over each region, (s, d), for forms (s, d, n)."""
+    def minimum(self, form: Tensor, dot: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """A lower bound of form · x over each region, (s, d), for forms (s, d, n); ``dot`` is ``inner`` or
+        ``exact_inner``."""
         middle, reach = (self.lower + self.upper) / 2, (self.upper - self.lower) / 2
-        found = inner(form, middle) - inner(form.abs(), reach)
+        found = dot(form, middle) - dot(form.abs(), reach)
         if self.center is None or self.radius is None:
             return found
-        ball = inner(form, self.center) - form.norm(dim=2) * self.radius
+        length = torch.linalg.vector_norm(form, dim=2, dtype=torch.float64)
+        ball = dot(form, self.center) - length * self.radius
         return torch.maximum(found, ball)
 
     def minimiser(self, form: Tensor) -> Tensor:
@@ -77,6 +81,11 @@ class Region:
 def inner(form: Tensor, value: Tensor) -> Tensor:
     """form · value, (s, d), for forms (s, d, *shape) and values (d, *shape)."""
     return torch.einsum("sdn,dn->sd", form.flatten(2), value.flatten(1))
+
+
+def exact_inner(form: Tensor, value: Tensor) -> Tensor:
+    """The same, summed in float64: only the products are rounded to the dtype of the forms."""
+    return (form * value).flatten(2).sum(2, dtype=torch.float64)
 
 
 def robust(

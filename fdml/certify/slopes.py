@@ -1,6 +1,6 @@
-"""The search for the relaxation's lower slopes, and the multipliers of splits, that give the best bound.
+"""The search for the relaxation's lower slopes that give the best bound.
 
-Everything here runs in float32 and proves nothing: what it finds is handed to ``bounds.backward`` in float64.
+``ascend`` proves nothing: with the slopes that it finds, ``bounds.backward`` computes the bound that counts.
 """
 
 import time
@@ -138,7 +138,7 @@ def tightened(network: Network, bounds: Bounds, *, steps: int, deadline: float |
         relaxation = Relaxation.of(network, found)
         if not unstable.any() or not relaxation.unstable:
             return lower, upper
-        low, high = lower.flatten(1).clone(), upper.flatten(1).clone()
+        low, high, mass = lower.flatten(1).clone(), upper.flatten(1).clone(), found.single_mass()
         for part in _chosen(unstable).split(max(1, rows_at_once(network, len(lower), 4) // 4)):
             for sign in (1, -1):
                 if deadline is not None and time.monotonic() >= deadline:
@@ -146,8 +146,7 @@ def tightened(network: Network, bounds: Bounds, *, steps: int, deadline: float |
                 form = _unit_forms(part, network.nodes[j].shape, sign, torch.float32)
                 alphas = relaxation.start(len(part), j)
                 ascend(fast, j, form, relaxation, alphas, steps=steps, deadline=deadline)
-                lines = proof_lines(network, found, alphas)
-                value = sign * backward(network, j, form.double(), lines, found.region, mass=found.mass)
+                value = sign * backward(fast, j, form, relaxation.lines(alphas), relaxation.region, mass=mass)
                 target, better = (low, torch.maximum) if sign > 0 else (high, torch.minimum)
                 target.scatter_(1, part.T, better(target.gather(1, part.T), value.T))
         return low.view_as(lower), high.view_as(upper)
