@@ -29,8 +29,8 @@ def inside(region: Region, x: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(x, region.lower), region.upper)
 
 
-def climbed(network: Network, region: Region, weight: Tensor) -> Tensor:
-    """Random points (k, d, n) and what a few steps of ascent on ±weight · outputs make of them."""
+def points_of(network: Network, region: Region, weight: Tensor, count: int) -> Tensor:
+    """``count`` random points (k, d, n), 24 more, and what a few steps of ascent on ±weight · outputs make of these."""
     d, n = region.lower.shape
     share = torch.rand(24, d, n, dtype=torch.float64)
     share[::3] = share[::3].round()
@@ -45,7 +45,8 @@ def climbed(network: Network, region: Region, weight: Tensor) -> Tensor:
         assert x.grad is not None
         x = inside(region, x.detach() + step * sign[:, None, None] * x.grad.sign() * (region.upper - region.lower))
         found.append(x)
-    return torch.cat(found)
+    share = torch.rand(count, d, n, dtype=torch.float64)
+    return torch.cat([*found, inside(region, region.lower + share * (region.upper - region.lower))])
 
 
 def check_contained(network: Network, bounds: Bounds, points: Tensor) -> None:
@@ -59,15 +60,16 @@ def check_contained(network: Network, bounds: Bounds, points: Tensor) -> None:
         assert (value <= upper).all()
 
 
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("part", range(4))
-def test_no_point_leaves_the_bounds(part: int) -> None:
-    """200 networks, two regions each, 96 points a region: no slack for rounding is allowed."""
+def test_no_point_leaves_the_bounds(part: int, count: int) -> None:
+    """200 networks, two regions each, ``count`` random and 96 climbing points a region: no slack for rounding is allowed."""
     for seed in range(50 * part, 50 * part + 50):
         torch.manual_seed(seed)
         network = any_network(seed)
         region = boxes(network, 2, seed)
         weight = torch.randn(2, network.outputs, dtype=torch.float64)
-        points = climbed(network, region, weight)
+        points = points_of(network, region, weight, count)
         with torch.no_grad():
             outputs = network.forward(points.flatten(0, 1)).view(len(points), 2, -1)
             lower, upper = interval(network, region)
