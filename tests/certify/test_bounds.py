@@ -30,7 +30,7 @@ def inside(region: Region, x: Tensor) -> Tensor:
 
 
 def points_of(network: Network, region: Region, weight: Tensor, count: int) -> Tensor:
-    """``count`` random points (k, d, n), 24 more, and what a few steps of ascent on ±weight · outputs make of these."""
+    """``count`` random points (k, d, n), 24 more, and what some steps of ascent on ±weight · outputs make of them."""
     d, n = region.lower.shape
     share = torch.rand(24, d, n, dtype=torch.float64)
     share[::3] = share[::3].round()
