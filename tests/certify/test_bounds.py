@@ -63,7 +63,7 @@ def check_contained(network: Network, bounds: Bounds, points: Tensor) -> None:
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("part", range(4))
 def test_no_point_leaves_the_bounds(part: int, count: int) -> None:
-    """200 networks, two regions each, ``count`` random and 96 climbing points a region: no slack for rounding is allowed."""
+    """200 networks, two regions each, ``count`` random and 96 climbing points a region: no slack is allowed."""
     for seed in range(50 * part, 50 * part + 50):
         torch.manual_seed(seed)
         network = any_network(seed)
