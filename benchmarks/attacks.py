@@ -11,7 +11,6 @@ A peer that is not installed is left out and named.
 """
 
 import argparse
-import copy
 import importlib
 import importlib.util
 import json
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from stock import plain
 from torch import Tensor, nn
 
 import fdml
@@ -35,28 +35,10 @@ from fdml.data import load
 from fdml.evaluate import predictions
 from fdml.evaluate.curve import around, curve
 from fdml.evaluate.victim import Victim
-from fdml.models import RobustModel
-from fdml.models.norm import ConvNorm
 from fdml.randomness import Generator, Streams, take
 from fdml.threat import Threat
 
 Attack = Callable[[], Tensor]
-
-
-def plain(model: RobustModel) -> nn.Module:
-    """The same network and weights from stock modules only, in stock layout."""
-
-    def convert(module: nn.Module) -> nn.Module:
-        for name, child in module.named_children():
-            if isinstance(child, ConvNorm):
-                norm = nn.BatchNorm2d(child.norm.num_features)
-                norm.load_state_dict(child.norm.state_dict())
-                setattr(module, name, nn.Sequential(child.conv, norm))
-            else:
-                convert(child)
-        return module
-
-    return convert(copy.deepcopy(model)).to(memory_format=torch.contiguous_format).eval()  # pyright: ignore[reportCallIssue]
 
 
 class Bench:

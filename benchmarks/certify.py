@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from attacks import plain
+from stock import plain
 
 import fdml
 from fdml.certify.by_smoothing import Sampling
