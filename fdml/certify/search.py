@@ -38,9 +38,9 @@ def search(
     takes (b, n) to (b, m), float32 and differentiable. Ends when every start has had its ``steps``, or at ``deadline``
     on the clock of ``time.monotonic``. The points depend on ``seed``, not on the time.
     """
-    box = inside(prop)
-    if box is None or not prop.clauses:
+    if not prop.clauses:
         return
+    box = inside(prop)
     weight, offset = _stacked(prop.clauses)
     generator = torch.Generator().manual_seed(seed)
     points = _starts(prop, box, restarts, generator, starts)
@@ -66,14 +66,14 @@ def confirm(runner: Runner, prop: Property, candidates: Tensor) -> tuple[np.ndar
     """A counter-example (x, y), float32 (n,) and (m,), or None if no candidate of (k, n) is one.
 
     The candidates are first moved to the nearest float32 points inside the region. y is what the ONNX model gives for x
-    alone; that x is in the region and y in a clause is checked without any tolerance (rows in exact arithmetic, the
-    radius in float64 rounded up). Of several the one deepest inside its clause is returned.
+    alone; that x is in the region (``inside``) and y in a clause is checked without any tolerance (rows in exact
+    arithmetic, the radius in float64 rounded up). Of several the one deepest inside its clause is returned.
     """
-    box = inside(prop)
-    if box is None or not len(candidates):
+    if not len(candidates):
         return None
+    box = inside(prop)
     points = _into(candidates.detach().to(box[0].device), prop, box)
-    points = points[_contains(prop, points)].cpu()
+    points = points[_contains(prop, points, box)].cpu()
     depth = _depth(prop.clauses, runner.run(points.numpy()))
     for index in np.argsort(-depth, kind="stable"):
         if depth[index] < 0:
@@ -85,13 +85,18 @@ def confirm(runner: Runner, prop: Property, candidates: Tensor) -> tuple[np.ndar
     return None
 
 
-def inside(prop: Property) -> tuple[Tensor, Tensor] | None:
-    """The box's bounds rounded inward to float32, (n,) each; None if some input has no float32 between its bounds."""
+def inside(prop: Property) -> tuple[Tensor, Tensor]:
+    """The box's bounds rounded inward to float32, (n,) each.
+
+    An input with no float32 between its bounds (a decimal that a property file gives it as its only value) has the
+    nearest one: the network takes float32, so it is the value that is meant.
+    """
     lower, upper = prop.lower.float(), prop.upper.float()
     infinity = torch.full_like(lower, torch.inf)
     lower = torch.where(lower.double() < prop.lower, lower.nextafter(infinity), lower)
     upper = torch.where(upper.double() > prop.upper, upper.nextafter(-infinity), upper)
-    return None if (lower > upper).any() else (lower, upper)
+    narrow, nearest = lower > upper, ((prop.lower + prop.upper) / 2).float()
+    return torch.where(narrow, nearest, lower), torch.where(narrow, nearest, upper)
 
 
 def _climb(
@@ -200,10 +205,10 @@ def _into(x: Tensor, prop: Property, box: tuple[Tensor, Tensor]) -> Tensor:
     return torch.minimum(torch.maximum(x.float(), box[0]), box[1])
 
 
-def _contains(prop: Property, x: Tensor) -> Tensor:
-    """Which rows of the float32 ``x`` are finite and in the region, (k,)."""
+def _contains(prop: Property, x: Tensor, box: tuple[Tensor, Tensor]) -> Tensor:
+    """Which rows of the float32 ``x`` are finite and in the region, (k,); ``box`` is what is ``inside`` of it."""
     exact = x.double()
-    found = ((exact >= prop.lower) & (exact <= prop.upper)).all(1)
+    found = ((x >= box[0]) & (x <= box[1])).all(1)
     if prop.radius is not None:
         assert prop.center is not None
         # The relative error of a float64 norm of n terms is far below this factor.

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from fdml.certify.graph import Network
 from fdml.certify.inputsplit import split_inputs
 from fdml.certify.property import Clause, Property
 from fdml.certify.region import Region
-from fdml.certify.search import Runner, confirm, search
+from fdml.certify.search import Runner, confirm, inside, search
 from fdml.certify.slopes import optimised, tightened
 
 FEW_INPUTS = 20
@@ -103,6 +103,13 @@ class _Verification:
         """The least margin proved over the clauses of one property."""
         self._attack(prop, 30, 6, self.seed)
         region = Region.of([prop])
+        # What counts as a counter-example lies in what is proved: an input with one decimal value has its float32.
+        lower, upper = (bound.double() for bound in inside(prop))
+        region = replace(
+            region,
+            lower=torch.minimum(region.lower, lower[None]),
+            upper=torch.maximum(region.upper, upper[None]),
+        )
         if not prop.clauses:
             return torch.inf
         forms, offsets = _problems(self.network, prop.clauses)

@@ -143,7 +143,7 @@ def test_the_deadline_ends_the_search():
 
 
 def test_bounds_are_rounded_inward_to_float32():
-    lower, upper = one(inside(box([0.1, -0.1, 0.5, -1e-60], [0.3, 0.3, 0.5, 1e60])))
+    lower, upper = inside(box([0.1, -0.1, 0.5, -1e-60], [0.3, 0.3, 0.5, 1e60]))
     assert lower.dtype == torch.float32
     lower, upper = lower.tolist(), upper.tolist()
     # As float64: numpy would round 0.1 to float32 before it compares.
@@ -153,13 +153,15 @@ def test_bounds_are_rounded_inward_to_float32():
     assert lower[2] == upper[2] == 0.5
     assert lower[3] == 0
     assert upper[3] == np.finfo(np.float32).max
-    assert inside(box([0.1], [0.1])) is None
+    assert inside(box([0.1], [0.1])) == (torch.tensor([0.1]), torch.tensor([0.1]))
 
 
-def test_without_a_float32_in_the_box_nothing_is_found():
-    prop = box([0.1, 0.0], [0.1, 1.0], rows([[1, 1]], [0]))
-    assert found(lambda x: x, prop) is None
-    assert confirm(Torch(lambda x: x), prop, torch.tensor([[0.1, 0.5]])) is None
+def test_an_input_with_one_decimal_value_has_the_nearest_float32():
+    prop = box([0.1, 0.0], [0.1, 1.0], rows([[1, 1]], [-1]))
+    x, _ = one(found(lambda x: x, prop))
+    assert x[0] == np.float32(0.1)
+    x, _ = one(confirm(Torch(lambda x: x), prop, torch.tensor([[0.5, 0.95]])))
+    assert x.tolist() == np.array([0.1, 0.95], np.float32).tolist()
 
 
 def test_confirmation_moves_candidates_into_the_region():
