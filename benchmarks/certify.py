@@ -22,8 +22,9 @@ import fdml
 from fdml.certify.by_smoothing import Sampling
 from fdml.certify.noise import GridNoise
 from fdml.certify.prove import certify, classifier
-from fdml.certify.smoothing import LOOK, Smoother
+from fdml.certify.smoothing import Smoother
 from fdml.data import load
+from fdml.sequence import LOOK
 
 BATCH = 400
 

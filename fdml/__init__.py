@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fdml.models import RobustModel as RobustModel
     from fdml.models import wrap as wrap
     from fdml.recipe import Recipe as Recipe
+    from fdml.runtime import RobustClassifier as RobustClassifier
     from fdml.threat import Threat as Threat
 
     __version__: str
@@ -30,6 +31,7 @@ _HOME = {
     "InputError": "fdml.errors",
     "Outputs": "fdml.models",
     "Recipe": "fdml.recipe",
+    "RobustClassifier": "fdml.runtime",
     "RobustModel": "fdml.models",
     "Threat": "fdml.threat",
     "load": "fdml.checkpoint",

@@ -125,7 +125,7 @@ class Card:
     def from_json(cls, text: str) -> "Card":
         """The card that ``to_json`` wrote. Raises ``InputError`` for anything that the format does not allow."""
         _check_size(text)
-        found = _parse(text, "the card")
+        found = parse_object(text, "the card")
         # First the format: a newer card may well have fields that this reader does not know.
         if "format" in found:
             _check_format(found["format"])
@@ -223,7 +223,7 @@ def _header(path: Path) -> Header:
     except UnicodeDecodeError:
         raise InputError("is not a safetensors file: its header is not UTF-8") from None
 
-    found = _parse(text, "its header")
+    found = parse_object(text, "its header")
     metadata = found.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError("its header's __metadata__ is not a table of strings")
@@ -314,7 +314,7 @@ def _check_metrics(name: str, table: dict[str, Any]) -> None:
             raise _wrong(f"{name}.{_short(key)}", "a number or a table of numbers", value)
 
 
-def _parse(text: str, what: str) -> dict[str, Any]:
+def parse_object(text: str, what: str) -> dict[str, Any]:
     """The object that ``text`` is in strict JSON: no NaN, no key twice."""
     try:
         found = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)

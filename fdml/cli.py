@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,8 @@ _EXTRAS = {
     "jaxtyping": "train",
     "jinja2": "train",
     "filelock": "train",
+    "onnx": "export",
+    "onnxscript": "export",
     "onnxruntime": "cpu",
     "sklearn": "train",
     "scipy": "train",
@@ -333,35 +336,115 @@ def certify(
         print(json.dumps(found))
 
 
-@app.command(epilog="Example:  fdml predict runs/fdml-digits/student.safetensors digit.png --top 3")
+@app.command(
+    epilog="Examples:  fdml export runs/fdml-digits  |  fdml export runs/fdml-digits --int8 --out bundle  |"
+    "  fdml export student.safetensors --trt --trt-backend rtx --target sm_89"
+)
+def export(
+    model: Annotated[Path, typer.Argument(help="A .safetensors file or a run folder.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="ONNX, which every bundle holds.")] = True,
+    trt: Annotated[bool, typer.Option("--trt", help="Also TensorRT engines.")] = False,
+    trt_backend: Annotated[str, typer.Option(help="auto, torch-tensorrt, ort or rtx.")] = "auto",
+    target: Annotated[
+        list[str] | None, typer.Option(help="Compute capability to build for ahead of time, such as sm_89; repeat it.")
+    ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Eight bits, calibrated on clean and adversarial images.")
+    ] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Half precision.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Also a model that takes bytes: uint8, NHWC.")] = False,
+    triton: Annotated[Path | None, typer.Option(help="Also a Triton model repository in this folder.")] = None,
+    data: Annotated[str | None, typer.Option(help="A name from `fdml datasets`. (default: the model's)")] = None,
+    data_dir: DataDir = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels, for folder: and hf: data.")] = None,
+    norm: Annotated[str | None, typer.Option(help="linf, l2 or l1. (default: the model's threat)")] = None,
+    eps: Annotated[str | None, typer.Option(help="Of the attacks, in pixel units, such as 8/255.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Test images of the evidence. (default: 1,000; 128 for large models)")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The bundle's folder. (default: bundles/MODEL)")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle in the folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write it although the evidence fails, marked so.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the attacks.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Make a bundle to deploy, with the evidence that it is as robust as what was evaluated."""
+    if int8 and fp16:
+        raise InputError("--int8 and --fp16 exclude each other: one bundle has one precision")
+    from fdml.data import load
+    from fdml.evaluate.target import target as aim
+    from fdml.export.command import Wish
+    from fdml.export.command import export as run
+
+    threat, name = aim(model, norm, eps, data)
+    wish = Wish(
+        precision="int8" if int8 else "fp16" if fp16 else "fp32",
+        raw=raw,
+        tensorrt=trt_backend if trt else None,
+        targets=tuple(target or ()),
+        triton=triton,
+    )
+    folder = model.stem if model.is_dir() or model.stem != "student" else model.resolve().parent.name
+    where = out or Path("bundles") / folder
+    loaded = load(name, data_dir=data_dir, size=size)
+    console = None if as_json else _console()
+    found = run(
+        model, loaded, where, threat, wish, limit=limit, seed=seed, force=force, overwrite=overwrite, console=console
+    )
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print(f"bundle: {where}")
+
+
+@app.command(epilog="Example:  fdml bench runs/fdml-digits bundles/fdml-digits --batch 1 --batch 64")
+def bench(
+    models: Annotated[list[Path], typer.Argument(help="Model files, run folders, bundles or ONNX files.")],
+    batch: Annotated[list[int] | None, typer.Option(help="A batch size; repeat it. (default: 1, 8, 64)")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each form and batch size.")] = 3.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that each takes.")] = 10,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also torch.compile, which takes a minute.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads. (default: torch's)")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also a picture: a PNG file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time every form of a model side by side: latency and throughput."""
+    import torch
+
+    from fdml.export.bench import bench as run
+    from fdml.export.bench import bench_table, draw
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = _console()
+    settings: dict[str, Any] = {"seconds": seconds, "rounds": rounds, "compiled": compiled}
+    if as_json or not console.is_terminal:
+        found = run(models, batches=batch or (1, 8, 64), **settings)
+    else:
+        with console.status("") as status:
+            found = run(models, batches=batch or (1, 8, 64), watch=status.update, **settings)
+    if out is not None:
+        draw(found, out)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        console.print(bench_table(found))
+
+
+@app.command(epilog="Examples:  fdml predict runs/fdml-digits digit.png --top 3  |  fdml predict bundle *.png")
 def predict(
-    model: Annotated[Path, typer.Argument(help="A .safetensors file of `fdml train`.")],
+    model: Annotated[Path, typer.Argument(help="A bundle, an .onnx file, a .safetensors file or a run folder.")],
     images: Annotated[list[Path], typer.Argument(help="PNG, JPEG, WebP or BMP files.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 1,
+    provider: Annotated[str, typer.Option(help="For bundles: auto, cpu, cuda or tensorrt.")] = "auto",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Classify images."""
-    import torch
-
-    from fdml.checkpoint import load
-    from fdml.data.images import read
-    from fdml.world import World
-
-    card = fdml.read_card(model)
-    where = World.join(device).device
-    network = load(model, device=where)
+    file = model / "student.safetensors" if (model / "student.safetensors").exists() else model
     answers: list[dict[str, Any]] = []
-    for path in images:
-        # A copy: the array of an image is read-only, which torch warns of.
-        pixels = torch.tensor(read(path, card.input), device=where)[None].float() / 255
-        with torch.inference_mode():
-            best = network(pixels).softmax(1)[0].topk(min(top, len(card.classes)))
-        named = [
-            {"class": card.classes[index], "probability": round(p, 6)}
-            for p, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
-        answers.append({"image": str(path), "top": named})
+    for path, best in _answers(file, images, top, provider, device):
+        answers.append({"image": str(path), "top": [{"class": name, "probability": round(p, 6)} for name, p in best]})
     if as_json:
         print(json.dumps(answers))
         return
@@ -375,6 +458,35 @@ def predict(
             names = Text("" if place else answer["image"]), Text(found["class"])
             table.add_row(*names, f"{100 * found['probability']:.1f}%")
     _console().print(table)
+
+
+def _answers(
+    model: Path, images: list[Path], top: int, provider: str, device: str | None
+) -> Iterator[tuple[Path, Sequence[tuple[str, float]]]]:
+    """For each image its most probable classes: by the runtime, or for a ``.safetensors`` file by torch."""
+    if model.suffix != ".safetensors":
+        from fdml.runtime import RobustClassifier
+
+        classifier = RobustClassifier.load(model, provider)
+        top = min(top, len(classifier.classes))
+        for path in images:
+            yield path, classifier.predict(path, top).top
+        return
+    import torch
+
+    from fdml.checkpoint import load
+    from fdml.pictures import read
+    from fdml.world import World
+
+    card = fdml.read_card(model)
+    where = World.join(device).device
+    network = load(model, device=where)
+    for path in images:
+        # A copy: the array of an image is read-only, which torch warns of.
+        pixels = torch.tensor(read(path, card.input), device=where)[None].float() / 255
+        with torch.inference_mode():
+            best = network(pixels).softmax(1)[0].topk(min(top, len(card.classes)))
+        yield path, [(card.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
 
 @app.command(epilog="Example:  fdml info runs/fdml-digits")

@@ -10,13 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from fdml.card import read_card
-from fdml.data.images import read
 from fdml.errors import InputError, unknown
 from fdml.evaluate import predictions
 from fdml.evaluate.suites import entry
 from fdml.evaluate.victim import Victim
 from fdml.files import write_whole
 from fdml.inference import inference
+from fdml.pictures import read
 from fdml.randomness import Streams
 from fdml.threat import Threat
 from fdml.world import World

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 # those of its own layer, but never in a circle.
 LAYERS = [
     {"errors"},
-    {"card", "files", "recipe", "recipes", "threat", "losses", "inference", "world", "randomness"},
+    {"card", "files", "recipe", "recipes", "threat", "losses", "inference", "world", "randomness"}
+    | {"beta", "sequence", "grid", "smoothed", "pictures", "pixels", "bundle", "session"},
     {"models", "attacks", "data"},
     {"checkpoint", "run", "runtime"},
     {"guidance", "interval", "objective", "adversary", "learner", "train", "progress"}
@@ -32,7 +33,7 @@ NEVER = {
     "data": {"attacks", "models"},
 }
 # These run where torch is not installed, so nothing that they import may need it, not even inside a function.
-NO_TORCH = {"errors", "card", "files", "recipe", "recipes", "run", "runtime", "serve"}
+NO_TORCH = {"errors", "card", "files", "recipe", "recipes", "run", "bundle", "pictures", "runtime", "serve"}
 # These may use torch, but only inside the function that needs it.
 LAZY = {"cli", "__main__"}
 

@@ -338,7 +338,7 @@ def test_files_that_are_no_models(
 
 
 def test_a_folder_is_no_model(tmp_path: Path) -> None:
-    assert "is a folder" in fails("predict", tmp_path, "a.png")
+    assert "has no SHA256SUMS, so it is no bundle" in fails("predict", tmp_path, "a.png")
     assert "recipe.json is missing" in fails("info", tmp_path)
 
 

@@ -13,8 +13,9 @@ from fdml.card import Card
 from fdml.certify.assault import fooled_at
 from fdml.certify.certificate import Certificate
 from fdml.certify.noise import LEVELS, GridNoise
-from fdml.certify.smoothing import ABSTAIN, ALPHA, LOOK, SAMPLES, SELECTION, Smoother, ignore
+from fdml.certify.smoothing import ABSTAIN, ALPHA, SAMPLES, SELECTION, Smoother, ignore
 from fdml.errors import InputError
+from fdml.sequence import LOOK
 
 
 @dataclass(frozen=True, kw_only=True)

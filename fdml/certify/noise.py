@@ -6,25 +6,14 @@ images apart that the theorem takes for one (Voracek and Hein 2023). Here a netw
 this is the smoothing of a network that rounds its input first, and Cohen's radius holds as it stands.
 """
 
-import hashlib
-import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy import special
 from torch import Tensor
 
+from fdml import grid
+from fdml.grid import LEVELS
 from fdml.randomness import mixed
-
-LEVELS = 255
-"""Steps of the grid from black to white."""
-
-_BITS = 60
-_UNSURE = 1 << 10
-"""Units of 2^-60 by which a computed threshold may be off: float64's normal distribution errs by less."""
-_LOOK_UP = 16
-_AMBIGUOUS = -(1 << 15)
 
 
 @dataclass(frozen=True)
@@ -50,13 +39,10 @@ class GridNoise:
     def __init__(self, sigma: float, seed: int = 0, device: torch.device | str = "cpu") -> None:
         assert 0 < sigma <= 4, sigma
         self.sigma, self.seed, self.device = sigma, seed, torch.device(device)
-        beyond = max(1, math.floor(6 * sigma))
-        self._low, self._high = -beyond * LEVELS, (beyond + 1) * LEVELS
-        # Noise beyond the farthest clipped sum is clipped whatever it is.
-        self._reach = (beyond + 1) * LEVELS
-        thresholds = _thresholds(sigma, self._reach)
+        self._low, self._high, self._reach = grid.reach(sigma)
+        thresholds = grid.thresholds(sigma, self._reach)
         self._thresholds = torch.from_numpy(thresholds).to(self.device)
-        self._table = torch.from_numpy(_look_up(thresholds, self._reach)).to(self.device)
+        self._table = torch.from_numpy(grid.look_up(thresholds, self._reach)).to(self.device)
 
     def draw(self, image: Tensor, number: int, first: int, count: int, part: str = "") -> Samples:
         """Copies ``first`` to ``first + count`` − 1 of the image (c, h, w), uint8, that is known by ``number``.
@@ -65,12 +51,12 @@ class GridNoise:
         """
         size = image.numel()
         words = -(-size // 4)  # a word of 64 bits makes four values
-        key = _key(self.seed, number, part)
+        key = grid.key_of(self.seed, number, part)
         places = torch.arange(first * words, (first + count) * words, device=self.device)
         index = mixed(key, places).view(torch.int16).view(count, 4 * words)[:, :size].int() + (1 << 15)
         noise = self._table.index_select(0, index.flatten())
         sure = torch.ones(count, dtype=torch.bool, device=self.device)
-        rare = (noise == _AMBIGUOUS).nonzero().squeeze(1)
+        rare = (noise == grid.AMBIGUOUS).nonzero().squeeze(1)
         if len(rare):
             exact, certain = self._resolve(key, index.flatten()[rare].long(), rare + first * size)
             noise[rare] = exact
@@ -82,35 +68,11 @@ class GridNoise:
 
     def _resolve(self, key: int, index: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """The values of draws whose first 16 bits do not decide them, from 44 more; and whether these do."""
-        more = _BITS - _LOOK_UP
-        low = mixed(key ^ _SECOND, places) & ((1 << more) - 1)
+        more = grid.BITS - grid.LOOK_UP
+        low = mixed(key ^ grid.SECOND, places) & ((1 << more) - 1)
         drawn = (index << more) | low
         above = torch.searchsorted(self._thresholds, drawn, right=True)
         last = len(self._thresholds) - 1
-        certain = (drawn - self._thresholds[(above - 1).clamp(min=0)]).abs() > _UNSURE
-        certain &= (self._thresholds[above.clamp(max=last)] - drawn).abs() > _UNSURE
+        certain = (drawn - self._thresholds[(above - 1).clamp(min=0)]).abs() > grid.UNSURE
+        certain &= (self._thresholds[above.clamp(max=last)] - drawn).abs() > grid.UNSURE
         return (above - self._reach).to(torch.int16), certain
-
-
-_SECOND = 0x5851F42D4C957F2D
-
-
-def _key(seed: int, number: int, part: str) -> int:
-    digest = hashlib.blake2b(repr((seed, number, part)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
-
-
-def _thresholds(sigma: float, reach: int) -> np.ndarray:
-    """2^60 · Phi((2i + 1) / (2 · 255 · sigma)) for i from −reach to reach − 1, int64: a uniform number of 60 bits at or
-    above exactly ``reach`` + n of them is the noise n."""
-    half = np.arange(reach, dtype=np.float64)
-    tail = np.rint(special.ndtr(-(2 * half + 1) / (2 * LEVELS * sigma)) * 2.0**_BITS).astype(np.int64)
-    return np.concatenate([tail[::-1], (1 << _BITS) - tail])
-
-
-def _look_up(thresholds: np.ndarray, reach: int) -> np.ndarray:
-    """The noise for each value of the first 16 bits, int16; ``_AMBIGUOUS`` where a threshold is near."""
-    edges = np.arange((1 << _LOOK_UP) + 1, dtype=np.int64) << (_BITS - _LOOK_UP)
-    low = np.searchsorted(thresholds, edges[:-1] - _UNSURE, side="right")
-    high = np.searchsorted(thresholds, edges[1:] + _UNSURE, side="right")
-    return np.where(low == high, low - reach, _AMBIGUOUS).astype(np.int16)

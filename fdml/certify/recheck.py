@@ -9,13 +9,14 @@ from rich.console import Console
 
 from fdml.certify.by_smoothing import Sampling
 from fdml.certify.certificate import Certificate, read, unpack
-from fdml.certify.confidence import clopper_pearson, clopper_pearson_upper, mixture_lower, probability_of, radius_of
+from fdml.certify.confidence import clopper_pearson, clopper_pearson_upper
 from fdml.certify.noise import LEVELS, GridNoise
 from fdml.certify.prove import classifier
-from fdml.certify.smoothing import LOOK, Smoother
+from fdml.certify.smoothing import Smoother
 from fdml.data.dataset import DataSet
 from fdml.errors import InputError
 from fdml.evaluate.victim import Victim
+from fdml.sequence import LOOK, mixture_lower, probability_of, radius_of
 from fdml.threat import Threat
 from fdml.world import World
 

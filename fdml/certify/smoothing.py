@@ -1,7 +1,6 @@
 """Randomised smoothing: the class that a network answers most often under Gaussian noise cannot be changed by any
 perturbation of an L2 norm below a radius that is found by sampling (Cohen et al. 2019)."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,24 +8,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fdml.certify.confidence import (
-    chance,
-    clopper_pearson,
-    mixture,
-    mixture_lower,
-    probability_of,
-    radius_of,
-)
+from fdml.certify.confidence import clopper_pearson
 from fdml.certify.noise import GridNoise
+from fdml.sequence import LOOK, decide, radius_of
 
 ABSTAIN = -1
 """The answer where no class is shown to be the most frequent one."""
-
-LOOK = 128
-"""Samples between two looks of the sequential method."""
-
-GIVE_UP = 0.01
-"""A radius whose forecast chance of being certified is below this is given up."""
 
 SAMPLES = 100_000
 SELECTION = 100
@@ -92,24 +79,13 @@ class Smoother:
     ) -> Smoothed:
         """The same guarantee from as many samples as the image needs, at most ``samples``.
 
-        After every ``LOOK`` samples a confidence sequence (``mixture``) tells which of the ``radii`` are certified, and
-        a forecast which have become hopeless; sampling ends when each is one or the other. The radius 0, on which it
-        depends whether to abstain, is always among them.
+        ``fdml.sequence.decide`` tells after every ``LOOK`` samples which of the ``radii`` are certified, and which have
+        become hopeless.
         """
         candidate = self._candidate(image, number, selection)
+        looks = ((int((part == candidate).sum()), len(part)) for part in self._looks(image, number, samples))
         sigma = self.noise.sigma
-        undecided = [(r, probability_of(r, sigma)) for r in sorted({0.0, *radii})]
-        radius, hits, count = 0.0, 0, 0
-        for answers in self._looks(image, number, samples):
-            hits, count = hits + int((answers == candidate).sum()), count + len(answers)
-            passed = [r for r, p in undecided if mixture(hits, count, p) >= -math.log(self.alpha)]
-            radius = max([radius, *passed])
-            undecided = undecided[len(passed) :]
-            while undecided and chance(hits, count, undecided[-1][1], self.alpha, samples) < GIVE_UP:
-                undecided.pop()
-            if not undecided:
-                break
-        radius = max(radius, radius_of(mixture_lower(hits, count, self.alpha), sigma))
+        radius, hits, count = decide(looks, radii, sigma=sigma, alpha=self.alpha, samples=samples)
         return Smoothed(candidate if radius > 0 else ABSTAIN, radius, hits, count, candidate, selection)
 
     def _looks(self, image: Tensor, number: int, samples: int) -> Iterator[Tensor]:

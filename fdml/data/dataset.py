@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fdml.data import images as pictures
+from fdml import pictures
 from fdml.errors import InputError
 
 Device = torch.device | str

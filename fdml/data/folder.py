@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fdml.data import images
+from fdml import pictures
 from fdml.data.dataset import Files, Split
 from fdml.data.splits import Parts
 from fdml.errors import InputError
@@ -38,7 +38,7 @@ def read(root: Path, size: int | None) -> Parts:
     if len(classes) < 2:
         raise InputError(f"{folders['train']}: needs a folder for each of at least two classes, has {len(classes)}")
     listed = {kind: _listed(root, folder, classes) for kind, folder in folders.items()}
-    shape = images.shape_of(root / listed["train"][0][0], size)
+    shape = pictures.shape_of(root / listed["train"][0][0], size)
     in_memory = sum(len(names) for names, _ in listed.values()) * shape[0] * shape[1] * shape[2] <= IN_MEMORY
     splits: dict[str, Split] = {}
     for kind, (names, labels) in listed.items():
@@ -87,7 +87,7 @@ def _listed(root: Path, folder: Path, classes: Sequence[str]) -> tuple[list[str]
             raise InputError(f"{path}: train has no class {path.name!r}")
         found = sorted(_image_files(root, path))
         if not found:
-            raise InputError(f"{path}: no images ({', '.join(images.SUFFIXES)}) in this class")
+            raise InputError(f"{path}: no images ({', '.join(pictures.SUFFIXES)}) in this class")
         names += found
         labels += [classes.index(path.name)] * len(found)
     if not names:
@@ -102,7 +102,7 @@ def _image_files(root: Path, folder: Path) -> list[str]:
         for name in subfolders:
             _refuse_link(Path(parent, name))
         for name in files:
-            if name.startswith(".") or not name.lower().endswith(images.SUFFIXES):
+            if name.startswith(".") or not name.lower().endswith(pictures.SUFFIXES):
                 continue
             path = Path(parent, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):

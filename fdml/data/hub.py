@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fdml.data import images
+from fdml import pictures
 from fdml.data.dataset import Arrays
 from fdml.data.splits import Parts, arrays
 from fdml.errors import InputError
@@ -40,7 +40,7 @@ def read(name: str, size: int | None, *, download: bool) -> Parts:
         if found is not None:
             wanted[kind] = found
     first = _encoded(f"hf:{name}", splits["train"], image, [0])[0]
-    shape = images.shape_of(first, size, f"hf:{name}: train, row 0")
+    shape = pictures.shape_of(first, size, f"hf:{name}: train, row 0")
     total = sum(len(split) for split in wanted.values()) * shape[0] * shape[1] * shape[2]
     if total > MAX_BYTES:
         raise InputError(
@@ -117,5 +117,5 @@ def _decoded(where: str, rows: "Dataset", image: str, label: str, shape: tuple[i
     for begin in range(0, len(rows), 1000):
         places = list(range(begin, min(begin + 1000, len(rows))))
         names = [f"{where}, row {place}" for place in places]
-        decoded[begin : begin + len(places)] = images.read_all(_encoded(where, rows, image, places), shape, names)
+        decoded[begin : begin + len(places)] = pictures.read_all(_encoded(where, rows, image, places), shape, names)
     return arrays(decoded, np.array(labels, dtype=np.int64), len(rows.features[label].names), where)

@@ -4,10 +4,13 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +63,10 @@ class Session:
             raise InputError(f"the ONNX model refused images {tuple(x.shape)}: {str(error).splitlines()[0]}") from None
         return torch.cat([torch.from_numpy(part) for part in found])[:count].to(x.device, x.dtype)
 
+    def bare(self, rows: np.ndarray) -> Callable[[], object]:
+        """A call that passes ``rows`` (b, c, h, w), float32, and does nothing else: for timing."""
+        return lambda: self._session.run([self._output], {self._input: rows})
+
 
 def exported(model: nn.Module, like: Tensor) -> Session | None:
     """The session of a torch model on a CPU; None where ONNX Runtime is not installed or cannot take the model."""
@@ -75,9 +82,19 @@ def exported(model: nn.Module, like: Tensor) -> Session | None:
 
 
 def onnx_of(model: nn.Module, like: Tensor) -> bytes:
-    """The content of an ONNX file that takes a batch of any size; whatever the exporter says on the way is kept
-    back."""
-    inner = model.model if isinstance(model, Frozen) else model
+    """The content of an ONNX file that takes a batch of any size."""
+    return program(model.model if isinstance(model, Frozen) else model, like).SerializeToString()
+
+
+def program(
+    model: nn.Module,
+    like: Tensor,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> Any:
+    """The ``onnx.ModelProto`` of a module, for a batch of any size of images such as ``like``. Whatever the exporter
+    says on the way is kept back."""
     example = like[:1].expand(2, -1, -1, -1).contiguous()
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -85,8 +102,16 @@ def onnx_of(model: nn.Module, like: Tensor) -> bytes:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             batch = torch.export.Dim("batch", max=1 << 20)
-            program = torch.onnx.export(inner, (example,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+            found = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: batch},),
+                input_names=input_names,
+                output_names=output_names,
+                verbose=False,
+            )
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
-    assert program is not None
-    return program.model_proto.SerializeToString()
+    assert found is not None
+    return found.model_proto

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fdml import bundle
 from fdml.card import Card, read_card
 from fdml.errors import InputError
 from fdml.recipe import override
@@ -31,5 +32,7 @@ def target(model: Path, norm: str | None, eps: str | None, data: str | None) -> 
 
 
 def _card(model: Path) -> Card | None:
-    file = model / "student.safetensors" if model.is_dir() and not (model / "model.onnx").exists() else model
+    if (model / bundle.CARD).exists():
+        return bundle.read(model).card
+    file = model / "student.safetensors" if model.is_dir() else model
     return read_card(file) if file.suffix == ".safetensors" else None

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fdml import bundle
 from fdml.attacks import Model
 from fdml.card import Card, read_card
 from fdml.checkpoint import load
@@ -47,11 +48,14 @@ class Victim:
 
     @classmethod
     def read(cls, path: Path, name: str, device: torch.device, like: Tensor | None = None) -> "Victim":
-        """The victim of a ``.safetensors`` file of fdml, an ``.onnx`` file, or a bundle: a folder with ``model.onnx``.
+        """The victim of a ``.safetensors`` file of fdml, an ``.onnx`` file, or a bundle.
 
         Raises ``InputError`` for anything else, and for a file that cannot be read.
         """
-        file = path / "model.onnx" if path.is_dir() and (path / "model.onnx").exists() else path
+        if path.is_dir() and (path / bundle.SUMS).exists():
+            found = bundle.read(path)
+            return cls(name, Session(found.model), gradients=False, card=found.card, file=found.model)
+        file = path
         if file.is_dir():
             file = file / "student.safetensors"  # the folder of a run
         if not file.exists():

@@ -4,16 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fdml.certify import confidence
-from fdml.certify.confidence import (
-    chance,
-    clopper_pearson,
-    clopper_pearson_upper,
-    mixture,
-    mixture_lower,
-    probability_of,
-    radius_of,
-)
+from fdml import sequence
+from fdml.certify.confidence import clopper_pearson, clopper_pearson_upper
+from fdml.sequence import chance, mixture, mixture_lower, probability_of, radius_of
 
 
 @pytest.mark.parametrize("n", [1, 2, 100, 1000, 100_000])
@@ -89,7 +82,7 @@ def _sequential_error(p: float, claim: float, alpha: float, trials: int, end: in
     wrong = np.zeros(trials, dtype=bool)
     for n in range(look, end + 1, look):
         hits += random.binomial(look, p, trials)
-        wrong |= hits >= confidence._needed(n, claim, alpha)
+        wrong |= hits >= sequence._needed(n, claim, alpha)
     return int(wrong.sum())
 
 

@@ -184,7 +184,7 @@ def test_a_certificates_file_is_checked(noisy: Path, tmp_path: Path, precision: 
 
 
 def _with_radius(line: str) -> str:
-    from fdml.certify.confidence import mixture_lower, radius_of
+    from fdml.sequence import mixture_lower, radius_of
 
     values = json.loads(line)
     radius = radius_of(mixture_lower(values["hits"], values["n"], values["alpha"]), values["sigma"])

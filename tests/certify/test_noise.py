@@ -3,8 +3,9 @@ import pytest
 import torch
 from scipy import stats
 
-from fdml.certify import noise as module
-from fdml.certify.noise import LEVELS, GridNoise
+from fdml import grid
+from fdml.certify.noise import GridNoise
+from fdml.grid import LEVELS
 
 IMAGE = torch.full((1, 6, 5), 128, dtype=torch.uint8)
 
@@ -46,7 +47,7 @@ def test_neither_pixels_nor_copies_are_correlated() -> None:
 
 def test_the_rare_draws_are_as_exact_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     # Without its table every draw is resolved by comparing 60 bits with the thresholds: where the table decides, alike.
-    monkeypatch.setattr(module, "_look_up", lambda thresholds, reach: np.full(1 << 16, module._AMBIGUOUS, np.int16))
+    monkeypatch.setattr(grid, "look_up", lambda thresholds, reach: np.full(1 << 16, grid.AMBIGUOUS, np.int16))
     slow = GridNoise(0.25, seed=3)
     monkeypatch.undo()
     fast = GridNoise(0.25, seed=3)
@@ -54,7 +55,7 @@ def test_the_rare_draws_are_as_exact_as_the_others(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_draw_that_is_not_certain_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_UNSURE", 1 << 43)  # about one draw in a hundred is now too near a threshold
+    monkeypatch.setattr(grid, "UNSURE", 1 << 43)  # about one draw in a hundred is now too near a threshold
     drawn = GridNoise(0.25).draw(IMAGE, 0, 0, 2000)
     assert 0.1 < float((~drawn.sure).float().mean()) < 0.5
 

@@ -6,9 +6,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fdml.certify.confidence import clopper_pearson, probability_of
+from fdml.certify.confidence import clopper_pearson
 from fdml.certify.noise import LEVELS, GridNoise
-from fdml.certify.smoothing import ABSTAIN, LOOK, Smoother
+from fdml.certify.smoothing import ABSTAIN, Smoother
+from fdml.sequence import LOOK, probability_of
 
 SIGMA = 0.25
 RADII = (0.25, 0.5, 0.75)

@@ -12,7 +12,8 @@ import torch
 from made_up import class_folder, picture
 from PIL import Image
 
-from fdml.data import folder, images, load
+from fdml import pictures as images
+from fdml.data import folder, load
 from fdml.data.dataset import Arrays, Files, channel_statistics
 from fdml.errors import InputError
 

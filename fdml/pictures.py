@@ -1,4 +1,5 @@
-"""One image file to bytes: the same decoding for folders, for the hub and for pictures given on the command line."""
+"""One image file to bytes: the same decoding for data sets, for pictures given on the command line, and in an
+application."""
 
 import io
 import os
@@ -22,17 +23,20 @@ _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
 
-def read(source: Path | bytes, shape: tuple[int, int, int], name: str | None = None) -> np.ndarray:
+def read(
+    source: Path | bytes | Image.Image, shape: tuple[int, int, int], name: str | None = None, *, still: bool = False
+) -> np.ndarray:
     """The image as uint8 (c, h, w): turned as its EXIF says, resized and centre-cropped to ``shape``.
 
-    ``source`` is a path or the bytes of a file; ``name`` is what errors call it. Only PNG, JPEG, WebP and BMP of 8 bits
-    are read. The resize (bicubic, antialiased) keeps the aspect ratio; an image that already fits is left as it is.
+    ``source`` is a path, the bytes of a file or an image of Pillow's; ``name`` is what errors call it. Only PNG, JPEG,
+    WebP and BMP of 8 bits are read. The resize (bicubic, antialiased) keeps the aspect ratio; an image that already
+    fits is left as it is. Of an animation the first frame is taken, or, with ``still``, none.
 
     Raises ``InputError`` for an image that is unreadable, truncated, above Pillow's decompression-bomb limit, or of
     another format.
     """
     c, h, w = shape
-    image = _load(source, name)
+    image = _load(source, name, still)
     image = image.convert("L" if c == 1 else "RGB")
     if image.size != (w, h):
         image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC)
@@ -45,12 +49,14 @@ def read_all(
     shape: tuple[int, int, int],
     names: Sequence[str] | None = None,
     threads: int | None = None,
+    *,
+    still: bool = False,
 ) -> np.ndarray:
     """``read`` of every source, as uint8 (n, c, h, w), by a pool of threads (Pillow decodes outside Python's lock)."""
     out = np.empty((len(sources), *shape), dtype=np.uint8)
 
     def fill(place: int) -> None:
-        out[place] = read(sources[place], shape, names[place] if names else None)
+        out[place] = read(sources[place], shape, names[place] if names else None, still=still)
 
     threads = threads or min(8, cpus())
     if threads == 1:
@@ -88,20 +94,13 @@ def shape_of(source: Path | bytes, size: int | None, name: str | None = None) ->
     return channels, size, size
 
 
-def _load(source: Path | bytes, name: str | None) -> Image.Image:
-    shown = name or str(source)
+def _load(source: Path | bytes | Image.Image, name: str | None, still: bool = False) -> Image.Image:
+    shown = name or ("the image" if isinstance(source, bytes | Image.Image) else str(source))
     try:
+        if isinstance(source, Image.Image):
+            return _decoded(source, shown, still)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            width, height = image.size
-            # Pillow itself refuses only above twice its limit, and warns below that.
-            if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-                raise InputError(f"{shown}: {width}x{height} pixels are too many (limit {Image.MAX_IMAGE_PIXELS:,})")
-            if image.mode not in _GREY + _COLOUR:
-                raise InputError(f"{shown}: mode {image.mode} is not supported; convert the image to 8 bits a channel")
-            if image.mode == "P" and "transparency" in image.info:
-                return ImageOps.exif_transpose(image).convert("RGBA")
-            image.load()
-            return ImageOps.exif_transpose(image)
+            return _decoded(image, shown, still)
     except InputError:
         raise
     except FileNotFoundError as error:
@@ -111,3 +110,22 @@ def _load(source: Path | bytes, name: str | None) -> Image.Image:
     except _DAMAGED as error:
         detail = "" if isinstance(error, UnidentifiedImageError) else f" ({error})".replace("\n", " ")
         raise InputError(f"{shown}: not a readable PNG, JPEG, WebP or BMP image{detail}") from error
+
+
+def _decoded(image: Image.Image, shown: str, still: bool) -> Image.Image:
+    width, height = image.size
+    if not width or not height:
+        raise InputError(f"{shown}: {width}x{height} pixels are no image")
+    # Pillow itself refuses only above twice its limit, and warns below that.
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise InputError(f"{shown}: {width}x{height} pixels are too many (limit {Image.MAX_IMAGE_PIXELS:,})")
+    if image.mode not in _GREY + _COLOUR:
+        raise InputError(f"{shown}: mode {image.mode} is not supported; convert the image to 8 bits a channel")
+    # The photographs of many telephones are MPO: a JPEG with a second picture, such as a depth map, behind it.
+    frames = getattr(image, "n_frames", 1) if still and image.format != "MPO" else 1
+    if frames > 1:
+        raise InputError(f"{shown}: an animation of {frames} frames; give one frame as an image of its own")
+    if image.mode == "P" and "transparency" in image.info:
+        return ImageOps.exif_transpose(image).convert("RGBA")
+    image.load()
+    return ImageOps.exif_transpose(image)
