@@ -491,12 +491,21 @@ def _answers(
 
 @app.command(epilog="Example:  fdml info runs/fdml-digits")
 def info(
-    path: Annotated[Path, typer.Argument(help="A .safetensors file, or the folder of a run.")],
+    path: Annotated[Path, typer.Argument(help="A .safetensors file, a bundle, or the folder of a run.")],
     as_json: Json = False,
 ) -> None:
-    """Say what a model or a run is, without loading it."""
+    """Say what a model, a bundle or a run is, without loading it."""
+    from fdml import bundle
     from fdml.run import Run
 
+    if (path / bundle.SUMS).exists():
+        found = bundle.read(path)
+        if as_json:
+            print(json.dumps({"card": json.loads(found.card.to_json()), "evidence": found.evidence}))
+            return
+        _console().print(_card_table(path, found.card, f"{found.evidence['precision']}, ONNX"))
+        print(f"evidence: {'passed' if found.passed else 'failed'}; sums: right for {len(found.files)} files")
+        return
     file = path
     summary: dict[str, Any] | None = None
     if path.is_dir():
@@ -521,12 +530,20 @@ def info(
     if as_json:
         print(json.dumps({"card": json.loads(card.to_json()), "summary": summary}))
         return
+    from fdml.card import header
+
+    weights = sum(_product(tensor.shape) for tensor in header(file).tensors.values())
+    _console().print(_card_table(file, card, f"{weights:,} weights and statistics"))
+    if closing is not None:
+        _console().print(closing)
+
+
+def _card_table(file: Path, card: Any, weights: str) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from fdml.card import header, threat_words
+    from fdml.card import threat_words
 
-    weights = sum(_product(tensor.shape) for tensor in header(file).tensors.values())
     threat = "none: trained on clean images" if card.threat is None else threat_words(**card.threat)
     table = Table(show_header=False, title=Text(str(file), style="italic"), box=None, title_justify="left")
     table.add_column(style="bold")
@@ -534,7 +551,7 @@ def info(
     options = [f"{name}={value}" for name, value in card.options.items()]
     rows = {
         "role": card.role,
-        "architecture": f"{' '.join([card.architecture, *options])}, {weights:,} weights and statistics",
+        "architecture": f"{' '.join([card.architecture, *options])}, {weights}",
         "input": f"{card.input[0]} x {card.input[1]} x {card.input[2]}, pixels in [0, 1]",
         "classes": f"{len(card.classes)}: {', '.join(card.classes[:10])}{', …' if len(card.classes) > 10 else ''}",
         "threat": threat,
@@ -545,9 +562,7 @@ def info(
     }
     for name, value in rows.items():
         table.add_row(name, Text(value))
-    _console().print(table)
-    if closing is not None:
-        _console().print(closing)
+    return table
 
 
 @app.command(epilog="Example:  fdml recipes fdml --data fashion-mnist")

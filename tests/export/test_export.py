@@ -98,6 +98,16 @@ def test_the_command_and_its_mistakes(noisy: Path, made: Path, tmp_path: Path) -
     assert "takes a .safetensors file" in err
 
 
+def test_a_bundle_says_what_it_is(made: Path) -> None:
+    code, text, err = call("info", made, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(text)["evidence"]["passed"] is True
+    code, text, _ = call("info", made)
+    assert code == 0
+    assert "fp32, ONNX" in text
+    assert "evidence: passed" in text
+
+
 def test_bench_times_every_form_in_turn(noisy: Path, made: Path, tmp_path: Path) -> None:
     picture = tmp_path / "bench.png"
     quick = ["--batch", 1, "--batch", 8, "--seconds", 0.1, "--rounds", 2]
