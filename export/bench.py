@@ -89,7 +89,7 @@ def bench_table(found: Mapping[str, Any]) -> Table:
     first: dict[int, float] = {}
     for row in found["rows"]:
         base = first.setdefault(row["batch"], row["p50"])
-        times = [f"{row[key]:.3g}" for key in ("p50", "p95", "p99")]
+        times = [f"{row[key]:.3g}" if row[key] < 1000 else f"{row[key]:,.0f}" for key in ("p50", "p95", "p99")]
         table.add_row(
             row["model"], row["form"], str(row["batch"]), *times, f"{row['images']:,.0f}", f"{base / row['p50']:.2f}"
         )
