@@ -10,7 +10,7 @@ from fdml.models.norm import ConvNorm
 
 
 def plain(model: RobustModel) -> nn.Module:
-    """The same network and weights from stock modules only, in stock layout."""
+    """The same network and weights from stock modules only, in stock layout and in the same mode."""
 
     def convert(module: nn.Module) -> nn.Module:
         for name, child in module.named_children():
@@ -22,4 +22,5 @@ def plain(model: RobustModel) -> nn.Module:
                 convert(child)
         return module
 
-    return convert(copy.deepcopy(model)).to(memory_format=torch.contiguous_format).eval()  # pyright: ignore[reportCallIssue]
+    copied = convert(copy.deepcopy(model)).train(model.training)
+    return copied.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import torchattacks  # pyright: ignore[reportMissingImports]: a peer, not a dependency
 from rich.console import Console
 from rich.table import Table
+from stock import plain
 from torch import Tensor, nn
 
 from fdml.adversary import inner_attack
@@ -29,7 +30,6 @@ from fdml.guidance import Guided, Teacher
 from fdml.inference import inference
 from fdml.learner import Learner
 from fdml.models import RobustModel, build
-from fdml.models.norm import ConvNorm
 from fdml.recipes import recipe
 from fdml.threat import Threat
 from fdml.world import World
@@ -39,22 +39,6 @@ def network(architecture: str, side: int, channels: int) -> RobustModel:
     torch.manual_seed(0)
     statistics_ = [0.5] * channels
     return build(architecture, input=(channels, side, side), classes=10, mean=statistics_, std=statistics_)
-
-
-def plain(model: RobustModel) -> nn.Module:
-    """The same network and weights from stock modules only, in stock layout."""
-
-    def convert(module: nn.Module) -> nn.Module:
-        for name, child in module.named_children():
-            if isinstance(child, ConvNorm):
-                norm = nn.BatchNorm2d(child.norm.num_features)
-                norm.load_state_dict(child.norm.state_dict())
-                setattr(module, name, nn.Sequential(child.conv, norm))
-            else:
-                convert(child)
-        return module
-
-    return convert(model).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 
 
 def peer_step(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Callable[[], None]:

@@ -1,1 +1,1 @@
-"""``fdml.export``: from a student to the files that are deployed. Its first command comes with a later release."""
+"""``fdml.export``: from a student to the bundle that is deployed, with the evidence that it is as robust as before."""
