@@ -225,11 +225,11 @@ def test_mixed_it_is_as_strong_as_pgd_on_the_same_objective(mix: str) -> None:
     model, x, y, known = trained()
 
     def standing(attack: Callable, **options: Any) -> int:
-        x_adv = attack(model, x, y, Threat("linf", 0.07), steps=20, generator=streams(torch.arange(60)), **options)
+        x_adv = attack(model, x, y, Threat("linf", 0.065), steps=20, generator=streams(torch.arange(60)), **options)
         return int((model(x_adv).argmax(1) == y).sum())
 
     clean, baseline = int((model(x).argmax(1) == y).sum()), standing(pgd, objective=mix)
-    assert 2 < baseline < clean - 10
+    assert 5 < baseline < clean - 10
     assert standing(feature, mix=mix, targets=1, **known) <= baseline
     assert standing(metric, mix=mix, **known) <= baseline
 
