@@ -125,17 +125,17 @@ def _name(path: Path) -> str:
 
 def _forms(path: Path, compiled: bool, watch: Callable[[str], None]) -> dict[str, Callable[[int], Call]]:
     if path.suffix == ".onnx":
-        return {"ONNX Runtime": _by_session(Session(path))}
+        return {"ONNX Runtime": _by_session(Session(path, spin=True))}
     if path.is_dir() and (path / "model.onnx").exists():
         found = bundle.read(path)
-        return {f"ONNX Runtime {found.evidence['precision']}": _by_session(Session(path / "model.onnx"))}
+        return {f"ONNX Runtime {found.evidence['precision']}": _by_session(Session(path / "model.onnx", spin=True))}
     file = path / "student.safetensors" if path.is_dir() else path
     model, card = load(file), read_card(file)
     watch(f"converting {_name(path)}")
     forms = {"torch": _by_torch(model, card.input), "torch, folded": _by_torch(Frozen(model).model, card.input)}
     if compiled:
         forms["torch.compile"] = _by_torch(torch.compile(Frozen(model).model), card.input)
-    forms["ONNX Runtime"] = _by_session(Session(convert(model, card).SerializeToString()))
+    forms["ONNX Runtime"] = _by_session(Session(convert(model, card).SerializeToString(), spin=True))
     return forms
 
 

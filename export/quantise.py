@@ -11,9 +11,10 @@ import numpy as np
 from fdml.export.convert import IMAGES, LOGITS
 
 
-def quantised(model: Any, batches: list[np.ndarray]) -> Any:
-    """The ONNX model with eight-bit weights (signed, a scale a channel) and activations (unsigned) between
-    QuantizeLinear and DequantizeLinear nodes.
+def quantised(model: Any, batches: list[np.ndarray], *, tensorrt: bool = False) -> Any:
+    """The ONNX model with eight-bit weights (signed, a scale a channel) and activations between QuantizeLinear and
+    DequantizeLinear nodes: unsigned activations, for which processors are fastest, or with ``tensorrt`` signed ones
+    around zero and biases in float32, which is what TensorRT takes.
 
     The ranges of the activations are those seen on ``batches``, float32 (b, c, h, w): clean images *and* adversarial
     ones, which reach activations that no clean image does. The first and the last layer, which are small and err most,
@@ -45,8 +46,9 @@ def quantised(model: Any, batches: list[np.ndarray]) -> Any:
                 Reader(),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
-                activation_type=QuantType.QUInt8,
+                activation_type=QuantType.QInt8 if tensorrt else QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
+                extra_options={"ActivationSymmetric": True, "QuantizeBias": False} if tensorrt else {},
                 nodes_to_exclude=_ends(onnx.load(ready)),
             )
             found = onnx.load(made)

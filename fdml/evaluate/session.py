@@ -22,18 +22,20 @@ class Session:
     """A callable from images in [0, 1] to logits, as a model, without gradients.
 
     ``source`` is the path or the content of an ONNX file with one input (b, c, h, w) and logits (b, classes) as its
-    first output. Raises ``InputError`` for a file that ONNX Runtime cannot read or whose input is no batch of images,
-    and at the call for images of another size.
+    first output. With ``spin`` its threads wait for work in a loop, which is fastest where nothing else runs. Raises
+    ``InputError`` for a file that ONNX Runtime cannot read or whose input is no batch of images, and at the call for
+    images of another size.
     """
 
-    def __init__(self, source: Path | bytes) -> None:
+    def __init__(self, source: Path | bytes, *, spin: bool = False) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        # Threads that wait in a loop would take the cores from torch, which runs between two calls.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not spin:
+            # Threads that wait in a loop would take the cores from torch, which runs between two calls.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(
                 os.fspath(source) if isinstance(source, Path) else source, options, providers=["CPUExecutionProvider"]

@@ -14,7 +14,7 @@ from fdml import bundle
 from fdml.data import load
 from fdml.errors import Stopped
 from fdml.export import command, evidence
-from fdml.export.command import Wish, export
+from fdml.export.command import Wish, evidence_table, export
 from fdml.threat import Threat
 
 DIGITS = load("digits")
@@ -53,6 +53,23 @@ def test_eight_bits_are_calibrated_and_judged(noisy: Path, tmp_path: Path) -> No
     assert 1e-4 < found["clean"]["largest"] < 3
     written = bundle.read(tmp_path / "int8")
     assert written.evidence["passed"] == found["passed"]
+    assert found["speedup"] > 0
+
+
+def test_eight_bits_for_tensorrt_are_a_network_that_it_takes(noisy: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    wish = Wish(precision="int8", tensorrt="rtx", targets=("sm_89",))
+    found = export(noisy, DIGITS, tmp_path / "int8", THREAT, wish, limit=20, force=True)
+    assert [engine["precision"] for engine in found["engines"]] == ["int8"]
+    bundle.read(tmp_path / "int8")
+
+
+def test_a_precision_that_is_slower_here_is_said(made: Path) -> None:
+    found = json.loads((made / "evidence.json").read_text())
+    assert found["speedup"] is None, "nothing was reduced"
+    for speedup, said in ((0.8, True), (1.5, False)):
+        caption = evidence_table(found | {"precision": "int8", "speedup": speedup}).caption
+        assert ("int8 is the slower" in str(caption)) == said
 
 
 def test_evidence_that_fails_stops_the_export(noisy: Path, tmp_path: Path) -> None:
