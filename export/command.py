@@ -1,5 +1,6 @@
 """What `fdml export` does: from a model file to a bundle with its evidence."""
 
+import hashlib
 import json
 import shutil
 import statistics
@@ -17,16 +18,18 @@ from rich.table import Table
 from torch import Tensor
 
 import fdml
-from fdml.bundle import PRECISIONS, Precision, write_sums
+from fdml.bundle import BOUNDS, PRECISIONS, TEACHER, Precision, write_sums
 from fdml.card import Card, read_card
 from fdml.checkpoint import load
 from fdml.data.dataset import DataSet
 from fdml.errors import InputError, Stopped, unknown
 from fdml.evaluate.session import Session
+from fdml.export.bounds import bounded
 from fdml.export.convert import convert, opset, raw
 from fdml.export.evidence import gather, most_different_layer
 from fdml.export.half import halved
 from fdml.export.quantise import quantised
+from fdml.export.teacher import Teacher
 from fdml.models import Frozen, RobustModel
 from fdml.threat import Threat
 
@@ -41,14 +44,17 @@ SPEED_BATCH, SPEED_ROUNDS = 64, 9
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What to export: the precision, and whether also for bytes (``raw``), for TensorRT (by which backend, for which
-    batches and compute capabilities) and for Triton (into which repository).
+    """What to export: the precision, and whether also for bytes (``raw``), with bounds to certify by (``bounds``), with
+    the run's clean teacher beside it (``teacher``), for TensorRT (by which backend, for which batches and compute
+    capabilities) and for Triton (into which repository).
 
-    Raises ``InputError`` for an unknown precision.
+    Raises ``InputError`` for an unknown precision, and for bounds of another than fp32.
     """
 
     precision: Precision = "fp32"
     raw: bool = False
+    bounds: bool = False
+    teacher: bool = False
     tensorrt: str | None = None
     batches: tuple[int, int, int] = (1, 64, 256)
     targets: tuple[str, ...] = ()
@@ -57,6 +63,8 @@ class Wish:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
+        if self.bounds and self.precision != "fp32":
+            raise InputError(f"--bounds proves what fp32 answers, not {self.precision}: export one or the other")
 
 
 def export(
@@ -93,12 +101,14 @@ def export(
     _check_data(card, data, path)
     model = load(file)
     source = Frozen(model)
+    teacher = Teacher(path, card) if wish.teacher else None
 
     say("converting")
     proto = convert(model, card)
     calibration = _calibration(source, data, threat, seed) if wish.precision == "int8" else []
     made = _reduced(proto, wish, calibration)
     content = made.SerializeToString()
+    bounds = bounded(made, hashlib.sha256(content).hexdigest()) if wish.bounds else None
     artefact = Session(content)
     index = torch.arange(min(limit or _images(model), len(data.test)))
     _, x, y = next(iter(data.test.batches([index])))
@@ -115,6 +125,10 @@ def export(
         worst = max((found["clean"], found["adversarial"]), key=lambda parity: parity["largest"] or float("inf"))
         layer, apart = _layer(source, convert(model, card, taps=True), wish, calibration, data, worst["worst_image"])
         found["reason"] += f"; layer {layer} differs most, by {100 * apart:.2g}% of its largest value"
+    if teacher is not None:
+        found["teacher"] = {"sha256": _sha256(teacher.file), **teacher.evidence(artefact, index, x)}
+        if found["reason"] is None and found["teacher"]["reason"] is not None:
+            found |= {"passed": False, "reason": found["teacher"]["reason"]}
     say.close()
     if console is not None:
         console.print(evidence_table(found))
@@ -126,6 +140,10 @@ def export(
         folder = Path(scratch) / "bundle"
         folder.mkdir()
         (folder / "model.onnx").write_bytes(content)
+        if bounds is not None:
+            (folder / BOUNDS).write_bytes(bounds.SerializeToString())
+        if teacher is not None:
+            (folder / TEACHER).write_bytes(teacher.content)
         if wish.raw:
             (folder / "model-raw.onnx").write_bytes(raw(made).SerializeToString())
         (folder / "card.json").write_text(card.to_json() + "\n", encoding="utf-8")
@@ -176,6 +194,9 @@ def evidence_table(found: dict[str, Any]) -> Table:
         largest = "none" if parity["largest"] is None else f"{parity['largest']:.2g}"
         table.add_row(f"{name}: answered alike", "", f"{100 * parity['agreement']:.1f}%")
         table.add_row(f"{name}: largest difference of a logit", "", largest)
+    if "teacher" in found:
+        largest = found["teacher"]["clean"]["largest"]
+        table.add_row("teacher: largest difference of a logit", "", "none" if largest is None else f"{largest:.2g}")
     if found["speedup"] is not None:
         table.add_row(f"batch of {SPEED_BATCH} here, against fp32", "", f"{found['speedup']:.2f}x")
     table.caption = "passed" if found["passed"] else f"failed: {found['reason']}"
@@ -266,8 +287,6 @@ def _layer(
 
 
 def _sha256(file: Path) -> str:
-    import hashlib
-
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

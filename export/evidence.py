@@ -72,7 +72,7 @@ def gather(
     rightly through all of that. ``passed`` and ``reason`` say whether that is within what the precision allows.
     """
     watch("clean images")
-    before, after = _logits(source, x), _logits(artefact, x)
+    before, after = logits_of(source, x), logits_of(artefact, x)
     clean = Parity.of(before, after, index)
     accuracy = {"source": _share(before, y), "artefact": _share(after, y)}
     watch("adversarial images")
@@ -82,7 +82,7 @@ def gather(
             for a, b, i in _parts(x, y, index)
         ]
     )
-    before, after = _logits(source, x_adv), _logits(artefact, x_adv)
+    before, after = logits_of(source, x_adv), logits_of(artefact, x_adv)
     adversarial = Parity.of(before, after, index)
     robust = {}
     for name, model, logits in (("source", source, before), ("artefact", artefact, after)):
@@ -94,7 +94,7 @@ def gather(
             for a, b, i in _parts(x[left], y[left], index[left])
         ]
         if fell:
-            stands[left] = _logits(model, torch.cat(fell)).argmax(1) == y[left]
+            stands[left] = logits_of(model, torch.cat(fell)).argmax(1) == y[left]
         robust[name] = stands.float().mean().item()
     found = {
         "precision": precision,
@@ -144,7 +144,8 @@ def _share(logits: Tensor, y: Tensor) -> float:
     return (logits.argmax(1) == y).float().mean().item()
 
 
-def _logits(model: Model, x: Tensor) -> Tensor:
+def logits_of(model: Model, x: Tensor) -> Tensor:
+    """The logits (b, classes) of images x (b, c, h, w), float32 on the CPU, without a graph."""
     with torch.no_grad():
         return torch.cat([model(part).float().cpu() for part in x.split(BATCH)])
 

@@ -8,6 +8,12 @@ model.onnx      the network: input ``images``, float32 (batch, c, h, w), pixels 
 card.json       the same card
 evidence.json   what was measured of the exported network: an object with at least ``passed`` (true or false) and
                 ``precision`` ("fp32", "fp16" or "int8")
+bounds.onnx     there after `fdml export --bounds`: proves answers in linf. Inputs ``images``, as above, and ``eps``, a
+                float32 scalar in pixel units; outputs ``label`` (batch), int64, the network's answer, and ``margin``
+                (batch), float32: above 0 where every image in [0, 1] within eps is proved to be answered so by
+                model.onnx on a CPU. Its metadata holds the SHA-256 of model.onnx at ``fdml.model``
+teacher.onnx    there after `fdml export --teacher`: the clean teacher, in fp32, with the input, output and classes of
+                model.onnx and its own card in its metadata; evidence.json then has an object ``teacher``
 SHA256SUMS      one line a file, ``<sha256 in hex>  <name>``, sorted by name, for every other file of the folder:
                 ``sha256sum --check SHA256SUMS`` checks it anywhere
 ==============  ======================================================================================================
@@ -31,6 +37,8 @@ from fdml.files import write_whole
 MODEL = "model.onnx"
 CARD = "card.json"
 EVIDENCE = "evidence.json"
+BOUNDS = "bounds.onnx"
+TEACHER = "teacher.onnx"
 SUMS = "SHA256SUMS"
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")

@@ -40,6 +40,10 @@ _EXTRAS = {
     "scipy": "train",
     "matplotlib": "train",
     "datasets": "hub",
+    "httptools": "serve",
+    "msgspec": "serve",
+    "prometheus_client": "serve",
+    "python_multipart": "serve",
 }
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no tables, no progress.")]
@@ -353,6 +357,12 @@ def export(
     ] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Half precision.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Also a model that takes bytes: uint8, NHWC.")] = False,
+    bounds: Annotated[
+        bool, typer.Option("--bounds", help="Also bounds.onnx, which proves answers in linf where it is deployed.")
+    ] = False,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Also the run's clean teacher, for a hint of adversarial images.")
+    ] = False,
     triton: Annotated[Path | None, typer.Option(help="Also a Triton model repository in this folder.")] = None,
     data: Annotated[str | None, typer.Option(help="A name from `fdml datasets`. (default: the model's)")] = None,
     data_dir: DataDir = None,
@@ -380,6 +390,8 @@ def export(
     wish = Wish(
         precision="int8" if int8 else "fp16" if fp16 else "fp32",
         raw=raw,
+        bounds=bounds,
+        teacher=teacher,
         tensorrt=trt_backend if trt else None,
         targets=tuple(target or ()),
         triton=triton,
@@ -431,6 +443,71 @@ def bench(
         console.print(bench_table(found))
 
 
+@app.command(
+    epilog="Examples:  fdml serve bundles/fdml-digits  |  fdml serve digits=bundles/a digits:2=bundles/b --port 8080  |"
+    "  fdml serve --config serve.toml"
+)
+def serve(
+    bundles: Annotated[
+        list[str] | None, typer.Argument(help="Bundles of `fdml export`: BUNDLE, NAME=BUNDLE or NAME:VERSION=BUNDLE.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; flags come before what it says.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. (default: 127.0.0.1)")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port. (default: 8000; 0: a free one)")] = None,
+    provider: Annotated[str | None, typer.Option(help="auto, cpu, cuda or tensorrt. (default: auto)")] = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="Threads of a batch. (default: 0, all cores)")] = None,
+    instances: Annotated[int | None, typer.Option(min=1, help="Batches that run at once. (default: 1)")] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch. (default: 64)")] = None,
+    delay_ms: Annotated[float | None, typer.Option(min=0, help="How long a batch is waited for. (default: 2)")] = None,
+    queue: Annotated[int | None, typer.Option(min=1, help="Images that may wait. (default: 1024)")] = None,
+    deadline: Annotated[float | None, typer.Option(help="Seconds to answer a request in. (default: 10)")] = None,
+    max_samples: Annotated[int | None, typer.Option(help="Random copies of a certificate. (default: 10,000)")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, a PEM file.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key, a PEM file.")] = None,
+    allow_admin: Annotated[bool, typer.Option("--allow-admin", help="Models may be loaded and unloaded.")] = False,
+    log: Annotated[str | None, typer.Option(help="requests or errors. (default: requests)")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Send spans by OpenTelemetry.")] = False,
+    new_token: Annotated[
+        str | None, typer.Option(help="Make a bearer token for this name, print it with its line of the file, and end.")
+    ] = None,
+) -> None:
+    """Serve bundles: the Open Inference Protocol v2, and pictures with certificates."""
+    from fdml.serve.config import Config, changed, model_of, read_config
+
+    if new_token is not None:
+        import hashlib
+        import secrets
+
+        token = secrets.token_urlsafe(32)
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        print(f'token: {token}\n\n[[tokens]]\nname = {json.dumps(new_token)}\nsha256 = "{digest}"')
+        return
+    if (tls_cert is None) != (tls_key is None):
+        raise InputError("--tls-cert and --tls-key belong together: give both or none")
+    found = Config() if config is None else read_config(config)
+    given: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "compute__provider": provider,
+        "compute__threads": threads,
+        "compute__instances": instances,
+        "batching__largest": max_batch,
+        "batching__delay_ms": delay_ms,
+        "batching__queue": queue,
+        "certify__max_samples": max_samples,
+        "deadline_seconds": deadline,
+        "log": log,
+        "allow_admin": allow_admin or None,
+        "tracing": trace or None,
+        "tls": None if tls_cert is None else {"cert": str(tls_cert), "key": str(tls_key)},
+        "models": [model_of(word) for word in bundles] if bundles else None,
+    }
+    found = changed(found, **{key: value for key, value in given.items() if value is not None}).checked()
+    from fdml.serve.server import serve as run
+
+    run(found, started=lambda address: print(f"fdml serves {address} (addresses: {address}/docs)", flush=True))
+
+
 @app.command(epilog="Examples:  fdml predict runs/fdml-digits digit.png --top 3  |  fdml predict bundle *.png")
 def predict(
     model: Annotated[Path, typer.Argument(help="A bundle, an .onnx file, a .safetensors file or a run folder.")],
@@ -443,34 +520,42 @@ def predict(
     """Classify images."""
     file = model / "student.safetensors" if (model / "student.safetensors").exists() else model
     answers: list[dict[str, Any]] = []
-    for path, best in _answers(file, images, top, provider, device):
-        answers.append({"image": str(path), "top": [{"class": name, "probability": round(p, 6)} for name, p in best]})
+    for path, best, suspicion in _answers(file, images, top, provider, device):
+        named = [{"class": name, "probability": round(p, 6)} for name, p in best]
+        answers.append({"image": str(path), "top": named})
+        if suspicion is not None:
+            answers[-1]["suspicion"] = round(suspicion, 6)
     if as_json:
         print(json.dumps(answers))
         return
     from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(Column("image", overflow="fold"), Column("class", overflow="fold"), "probability")
+    hinted = any("suspicion" in answer for answer in answers)
+    columns = ["probability", *(["suspicion"] if hinted else [])]
+    table = Table(Column("image", overflow="fold"), Column("class", overflow="fold"), *columns)
     for answer in answers:
         for place, found in enumerate(answer["top"]):
             # Text, not markup: names may hold brackets.
             names = Text("" if place else answer["image"]), Text(found["class"])
-            table.add_row(*names, f"{100 * found['probability']:.1f}%")
+            hint = [] if place or not hinted else [f"{answer['suspicion']:.2f}"]
+            table.add_row(*names, f"{100 * found['probability']:.1f}%", *hint)
     _console().print(table)
 
 
 def _answers(
     model: Path, images: list[Path], top: int, provider: str, device: str | None
-) -> Iterator[tuple[Path, Sequence[tuple[str, float]]]]:
-    """For each image its most probable classes: by the runtime, or for a ``.safetensors`` file by torch."""
+) -> Iterator[tuple[Path, Sequence[tuple[str, float]], float | None]]:
+    """For each image its most probable classes, by the runtime, or for a ``.safetensors`` file by torch; and its
+    suspicion, where a bundle has a teacher."""
     if model.suffix != ".safetensors":
         from fdml.runtime import RobustClassifier
 
         classifier = RobustClassifier.load(model, provider)
         top = min(top, len(classifier.classes))
         for path in images:
-            yield path, classifier.predict(path, top).top
+            best = classifier.predict(path, top).top
+            yield path, best, float(classifier.suspicion(path)[0]) if classifier.has_teacher else None
         return
     import torch
 
@@ -486,7 +571,8 @@ def _answers(
         pixels = torch.tensor(read(path, card.input), device=where)[None].float() / 255
         with torch.inference_mode():
             best = network(pixels).softmax(1)[0].topk(min(top, len(card.classes)))
-        yield path, [(card.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        yield path, [(card.classes[i], p) for p, i in found], None
 
 
 @app.command(epilog="Example:  fdml info runs/fdml-digits")

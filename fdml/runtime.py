@@ -12,18 +12,21 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
 from fdml import bundle as bundles
-from fdml.bundle import BundleError
+from fdml.boxed import Boxed, BoxProof
+from fdml.bundle import Bundle, BundleError
 from fdml.card import Card
 from fdml.errors import InputError
 from fdml.pixels import File, Intake, Picture, Pictures, check_batch
 from fdml.session import Opened, check_file, open_session
 from fdml.smoothed import ArraySmoother, Certified, Smoothing, sigma_of
+from fdml.suspicion import suspicion
 
 BATCH = 256
 """Images that are run at once, unless told otherwise."""
@@ -54,15 +57,22 @@ class RobustClassifier:
     All methods may be called from several threads at once.
     """
 
-    def __init__(self, opened: Opened, source: Path, evidence: dict[str, Any] | None) -> None:
+    def __init__(
+        self, opened: Opened, source: Path, bundle: Bundle | None, threads: int | None, *, spin: bool = True
+    ) -> None:
         self.card: Card = opened.card
         self.classes: tuple[str, ...] = opened.card.classes
         self.input: tuple[int, int, int] = opened.card.input
         self.provider: str = opened.provider
-        self.evidence = evidence
-        self._source = source
+        self.evidence: dict[str, Any] | None = None if bundle is None else bundle.evidence
+        self._source, self._bundle, self._threads, self._spin = source, bundle, threads, spin
         self._opened = opened
         self._run: Any = opened.session.run  # its type allows outputs that are no arrays
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the network's file, in hex: which weights answer."""
+        return bundles.sha256(self._source) if self._bundle is None else self._bundle.files[bundles.MODEL]
 
     def __repr__(self) -> str:
         return f"RobustClassifier({os.fspath(self._source)!r}, provider={self.provider!r})"
@@ -75,12 +85,14 @@ class RobustClassifier:
         threads: int | None = None,
         *,
         allow_failed: bool = False,
+        spin: bool = True,
     ) -> "RobustClassifier":
         """Loads a bundle, after checking its sums, or an ``.onnx`` file of `fdml export` by itself.
 
         ``provider`` is "cpu", "cuda", "tensorrt", or "auto" for the fastest that is there; TensorRT counts only where
         the bundle has engines for it, as building them takes minutes. ``threads`` compute one batch: give a small
-        number where many requests run at once; None leaves it to ONNX Runtime.
+        number where many requests run at once; None leaves it to ONNX Runtime. Without ``spin`` they sleep between
+        batches, which leaves the cores to what else the application does.
 
         Raises ``BundleError``, an ``InputError``, in one line that names the file: for a bundle that is damaged or
         incomplete, a file without an fdml card, a provider that cannot be had, and a bundle whose evidence says that
@@ -96,10 +108,10 @@ class RobustClassifier:
                 f"{path / bundles.EVIDENCE}: the exported network failed its checks: export it anew, or load it with"
                 " allow_failed=True"
             )
-        opened = open_session(model, found, provider, threads)
+        opened = open_session(model, found, provider, threads, spin=spin)
         if found is not None and opened.card != found.card:
             raise BundleError(f"{model}: its card is not the one of {bundles.CARD}; export the model anew")
-        return cls(opened, path, None if found is None else found.evidence)
+        return cls(opened, path, found, threads, spin=spin)
 
     # Whether an array is one image or several is seen by its axes, not by its type.
     @overload
@@ -142,6 +154,11 @@ class RobustClassifier:
         _check_chunk(batch)
         return self._logits(images, batch)
 
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """The logits (n, classes) of images (n, c, h, w), float32, with nothing checked: for servers, which check
+        pixels in a way of their own, and for random copies, whose pixels lie outside [0, 1]."""
+        return self._logits(images, BATCH, finite=False)
+
     def probabilities(self, images: np.ndarray, *, batch: int = BATCH) -> np.ndarray:
         """The softmax of ``logits``, (n, classes)."""
         return _softmax(self.logits(images, batch=batch))
@@ -177,6 +194,83 @@ class RobustClassifier:
         intake = Intake(images, self.input)
         smoother = ArraySmoother(lambda x: self._logits(x, BATCH, finite=False), self.classes, how, BATCH)
         return [smoother.certify(intake.pixels(number, 1)[0], number) for number in range(len(intake))]
+
+    def certified_linf(self, images: Pictures, eps: float) -> list[BoxProof]:
+        """The answers of the network, each with whether every image within ``eps`` (linf, pixel units) of the one that
+        was given is proved to be answered alike; a list even for one image.
+
+        ``images`` are as in ``predict``. The proof is by interval bounds with rounding included (docs/certify.md): it
+        is certain, it needs no samples, and it takes a few forward passes. It shows something of networks that were
+        trained for it, such as those of the recipes ``ibp`` and ``fdml-ibp``.
+
+        Raises ``InputError`` for what ``predict`` refuses, for an eps outside [0, 1], for a bundle without bounds.onnx,
+        which ``fdml export --bounds`` writes, and where another provider than "cpu" computes the network, which may
+        round in ways that the bounds do not cover.
+        """
+        if self.provider != "cpu":
+            raise InputError(f"bounds hold on a CPU, not on {self.provider}: load the bundle with provider='cpu'")
+        boxed = self._boxed
+        if boxed is None:
+            raise InputError(f"{self._source}: has no {bundles.BOUNDS} to certify by: fdml export --bounds writes it")
+        intake = Intake(images, self.input)
+        return [boxed.bound(intake.pixels(number, 1)[0], eps) for number in range(len(intake))]
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether ``certified_linf`` can be asked."""
+        return self.provider == "cpu" and self._bundle is not None and bundles.BOUNDS in self._bundle.files
+
+    @cached_property
+    def _boxed(self) -> Boxed | None:
+        return None if self._bundle is None else Boxed.load(self._bundle, self._threads, spin=self._spin)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the bundle holds the clean teacher, which ``suspicion`` needs; nothing is opened to tell."""
+        return self._bundle is not None and bundles.TEACHER in self._bundle.files
+
+    def suspicion(self, images: Pictures, *, batch: int = BATCH) -> np.ndarray:
+        """How suspicious each image is of being adversarial: (n,), float32 in [0, 1], one entry even for one image.
+
+        It is how far the network and the clean teacher that it was trained beside disagree (``fdml.suspicion``): a
+        hint, which an attacker who knows it gets around (docs/suspect.md). Of the clean images of the export one in
+        twenty is above ``evidence["teacher"]["suspicion"]["p95"]``.
+
+        ``images`` are as in ``predict``, ``batch`` are run at a time. Raises ``InputError`` for what ``predict``
+        refuses, and as ``teacher_logits`` does.
+        """
+        _check_chunk(batch)
+        intake = Intake(images, self.input)
+        parts = []
+        for first in range(0, len(intake), batch):
+            pixels = intake.pixels(first, batch)
+            parts.append(suspicion(self._logits(pixels, batch), self.teacher_logits(pixels)))
+        return np.concatenate(parts)
+
+    def teacher_logits(self, images: np.ndarray) -> np.ndarray:
+        """The clean teacher's logits (n, classes) of images (n, c, h, w), float32, with nothing checked, as ``run``.
+
+        The teacher is opened at the first call. Raises ``InputError`` for a bundle without teacher.onnx, which
+        ``fdml export --teacher`` writes; ``BundleError`` for one that was exchanged, cannot be read, or takes other
+        images or has other classes than the network.
+        """
+        return self._teacher.session.run(_OUTPUTS, {"images": images})[0]  # pyright: ignore[reportReturnType]
+
+    @cached_property
+    def _teacher(self) -> Opened:
+        if self._bundle is None or not self.has_teacher:
+            raise InputError(
+                f"{self._source}: has no {bundles.TEACHER} to compare with: fdml export --teacher writes it"
+            )
+        path = self._bundle.folder / bundles.TEACHER
+        if bundles.sha256(path) != self._bundle.files[bundles.TEACHER]:
+            raise BundleError(f"{path}: was exchanged since the bundle was loaded: load it anew")
+        # The bundle's engines are the network's, not the teacher's.
+        provider = "auto" if self.provider == "tensorrt" else self.provider
+        opened = open_session(path, None, provider, self._threads, spin=self._spin)
+        if (opened.card.input, opened.card.classes) != (self.input, self.classes):
+            raise BundleError(f"{path}: takes other images or has other classes than {bundles.MODEL}; export it anew")
+        return opened
 
     def _logits(self, images: np.ndarray, batch: int, *, finite: bool = True) -> np.ndarray:
         batch = min(batch, self._opened.largest or batch)

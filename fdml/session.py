@@ -45,12 +45,13 @@ class Opened:
     largest: int | None = None
 
 
-def open_session(path: Path, bundle: Bundle | None, provider: str, threads: int | None) -> Opened:
+def open_session(path: Path, bundle: Bundle | None, provider: str, threads: int | None, *, spin: bool = True) -> Opened:
     """Opens the ONNX file at ``path``, the network of ``bundle`` or a file by itself.
 
     ``provider`` is a name of ``PROVIDERS`` or "auto": the first of them that is there, "tensorrt" only where the bundle
     has engines for it. ONNX Runtime falls back to another provider without a word; here that is an error unless "auto"
-    was asked for. ``threads`` is the number of threads that compute one batch; None leaves it to ONNX Runtime.
+    was asked for. ``threads`` is the number of threads that compute one batch; None leaves it to ONNX Runtime. Without
+    ``spin`` they sleep between batches, and leave the cores to others.
 
     Raises ``BundleError`` for a file that ONNX Runtime cannot read, one without a valid card or with another signature
     than a bundle's model has, and a provider that cannot be had; ``InputError`` for a bad argument.
@@ -70,7 +71,7 @@ def open_session(path: Path, bundle: Bundle | None, provider: str, threads: int 
         engines = _Engines.of(bundle) if name == "tensorrt" else None
         if name == "tensorrt" and provider == "auto" and engines is None:
             continue
-        opened = _open(path, name, threads, engines, lenient=provider == "auto" and name != "cpu")
+        opened = _open(path, name, threads, engines, spin=spin, lenient=provider == "auto" and name != "cpu")
         if opened is not None:
             _check_signature(path, opened.session, opened.card)
             return opened
@@ -88,13 +89,17 @@ def _imported() -> Any:
     return onnxruntime
 
 
-def _open(path: Path, name: str, threads: int | None, engines: "_Engines | None", lenient: bool) -> Opened | None:
+def _open(
+    path: Path, name: str, threads: int | None, engines: "_Engines | None", *, spin: bool, lenient: bool
+) -> Opened | None:
     """The session on the provider ``name``; None where it is not to be had and ``lenient``."""
     onnxruntime = _imported()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it has to say is in its exceptions
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     scratch = None
     settings: dict[str, str] = {}
     if name == "tensorrt" and engines is not None:

@@ -66,10 +66,12 @@ class Smoothing:
 
 class ArraySmoother:
     """A smoothed classifier: ``classify`` gives logits (n, classes) of noisy images (n, c, h, w), which lie on the grid
-    of pixel values but not in [0, 1]. ``batch`` copies are looked at at once; it changes no result."""
+    of pixel values but not in [0, 1]. ``batch`` copies are looked at at once; it changes no result. Where ``classify``
+    gives None sampling ends, and what was shown until then is the result: the bounds hold at every number of samples.
+    """
 
     def __init__(
-        self, classify: Callable[[np.ndarray], np.ndarray], classes: Sequence[str], how: Smoothing, batch: int
+        self, classify: Callable[[np.ndarray], np.ndarray | None], classes: Sequence[str], how: Smoothing, batch: int
     ) -> None:
         self._classify, self._classes, self._how = classify, classes, how
         self._batch = max(LOOK, batch // LOOK * LOOK)
@@ -89,7 +91,9 @@ class ArraySmoother:
         grid = on_grid.astype(np.uint8)
 
         how = self._how
-        answers = np.concatenate([*self._answers(grid, number, SELECTION, "select")])
+        answers = np.concatenate([np.empty(0, int), *self._answers(grid, number, SELECTION, "select")])
+        if len(answers) < SELECTION:  # it was ended before a class was chosen
+            return Certified(None, None, 0.0, 0, 0, how.alpha, how.sigma)
         candidate = int(np.bincount(answers + 1, minlength=len(self._classes) + 1)[1:].argmax())
         radii = [radius + shift for radius in how.radii]
         looks = self._looks(grid, number, candidate)
@@ -111,6 +115,8 @@ class ArraySmoother:
             count = min(self._batch, samples - first)
             pixels, sure = self._noise.draw(grid, number, first, count, part)
             logits = self._classify(pixels)
+            if logits is None:
+                return
             sure &= np.isfinite(logits).all(1)
             yield np.where(sure, logits.argmax(1), -1)
 

@@ -1,1 +1,1 @@
-"""``fdml.serve``: the inference server. Its first command comes with a later release."""
+"""``fdml.serve``: the inference server. docs/serving.md shows how to use it; it runs where torch is not installed."""

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
     {"card", "files", "recipe", "recipes", "threat", "losses", "inference", "world", "randomness"}
-    | {"beta", "sequence", "grid", "smoothed", "pictures", "pixels", "bundle", "session"},
+    | {"beta", "sequence", "grid", "smoothed", "pictures", "pixels", "bundle", "session", "boxed", "suspicion"},
     {"models", "attacks", "data"},
     {"checkpoint", "run", "runtime"},
     {"guidance", "interval", "objective", "adversary", "learner", "train", "progress"}
@@ -33,7 +33,8 @@ NEVER = {
     "data": {"attacks", "models"},
 }
 # These run where torch is not installed, so nothing that they import may need it, not even inside a function.
-NO_TORCH = {"errors", "card", "files", "recipe", "recipes", "run", "bundle", "pictures", "runtime", "serve"}
+NO_TORCH = {"errors", "card", "files", "recipe", "recipes", "run", "bundle", "pictures"}
+NO_TORCH |= {"boxed", "suspicion", "runtime", "serve"}
 # These may use torch, but only inside the function that needs it.
 LAZY = {"cli", "__main__"}
 

@@ -1,6 +1,7 @@
 """The examples of docs/embedding.md are run as they stand, beside a bundle and pictures of the names in them."""
 
 import csv
+import hashlib
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_bundle import CLASSES, make
+from small_bundle import CLASSES, card, make, network
+
+from fdml import bundle
 
 PAGE = Path(__file__).parents[1] / "docs" / "embedding.md"
 BLOCKS = dict(
@@ -43,6 +46,8 @@ def test_all_examples_are_found() -> None:
         "A batch job over a folder",
         "The frames of a video",
         "A proof with the answer",
+        "A proof without sampling",
+        "A hint that an image is adversarial",
     ]
 
 
@@ -73,11 +78,41 @@ def test_the_frames_are_named_in_turn(capsys: pytest.CaptureFixture[str]) -> Non
     assert {name for _, name in lines} <= set(CLASSES)
 
 
+def test_the_hint_is_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(block("A hint that an image is adversarial"), {})
+    assert capsys.readouterr().out == "", "the bundle has no teacher"
+    (place / "bundle" / "teacher.onnx").write_bytes(network(card(), scale=1.0))
+    (place / "bundle" / "evidence.json").write_text(
+        '{"passed": true, "precision": "fp32", "teacher": {"suspicion": {"p95": 0}}}'
+    )
+    bundle.write_sums(place / "bundle")
+    exec(block("A hint that an image is adversarial"), {})
+    assert capsys.readouterr().out == "[ True  True]\n"
+
+
 def test_the_proof_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     exec(block("A proof with the answer"), {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert all(line == "no answer" or " within 0." in line or " within 1." in line for line in lines)
+
+
+def test_the_proof_by_bounds_is_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(block("A proof without sampling"), {})
+    assert capsys.readouterr().out == "", "the bundle has no bounds"
+    onnx = pytest.importorskip("onnx")
+    bounds = pytest.importorskip("fdml.export.bounds")
+    model = onnx.load_from_string(network(card()))
+    model.opset_import[0].version = 20
+    content = model.SerializeToString()
+    (place / "bundle" / "model.onnx").write_bytes(content)
+    found = bounds.bounded(model, hashlib.sha256(content).hexdigest())
+    (place / "bundle" / "bounds.onnx").write_bytes(found.SerializeToString())
+    bundle.write_sums(place / "bundle")
+    exec(block("A proof without sampling"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith((" proved", " not proved")) for line in lines)
 
 
 def test_the_handler_answers_and_refuses(place: Path) -> None:

@@ -1,4 +1,5 @@
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,13 +10,16 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from command_line import call as command
 from PIL import Image
 from small_bundle import CLASSES, SHAPE, card, make, network
 
-from fdml import runtime
+from fdml import bundle, runtime
 from fdml.bundle import BundleError
+from fdml.card import Card
 from fdml.errors import InputError
 from fdml.runtime import RobustClassifier
+from fdml.suspicion import suspicion
 
 ROOT = Path(__file__).parents[1]
 PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -492,3 +496,80 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("running a bundle needs onnxruntime: pip install"), done.stderr
+
+
+def with_teacher(folder: Path, of: Card | None = None) -> Path:
+    """The bundle in ``folder`` with a teacher, by default of the same classes and other weights."""
+    (folder / bundle.TEACHER).write_bytes(network(of or card(), scale=1.0))
+    bundle.write_sums(folder)
+    return folder
+
+
+def test_suspicion_is_the_disagreement_with_the_teacher(tmp_path: Path) -> None:
+    folder = with_teacher(make(tmp_path / "pair"))
+    pair = RobustClassifier.load(folder, threads=1)
+    images = batch(5)
+    assert pair.has_teacher
+    teacher = pair.teacher_logits(images)
+    alone = RobustClassifier.load(folder / "teacher.onnx", threads=1)
+    assert np.array_equal(teacher, alone.logits(images))
+    expected = suspicion(pair.logits(images), teacher)
+    assert expected.max() > 0.01
+    for size in (2, 256):
+        found = pair.suspicion(images, batch=size)
+        assert found.dtype == np.float32
+        assert np.allclose(found, expected, atol=1e-5)
+    (tmp_path / "picture.png").write_bytes(png(PICTURE))
+    one = pair.suspicion(PICTURE)
+    assert one.shape == (1,)
+    assert np.array_equal(one, pair.suspicion(tmp_path / "picture.png"))
+    assert "0 images" in fault(lambda: pair.suspicion([]))
+    with ThreadPoolExecutor(4) as pool:
+        fresh = RobustClassifier.load(folder, threads=1)
+        assert all(np.array_equal(each, one) for each in pool.map(lambda _: fresh.suspicion(PICTURE), range(8)))
+
+
+def test_predict_shows_the_suspicion(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(png(PICTURE))
+    folder = make(tmp_path / "pair")
+    _, plain, _ = command("predict", folder, tmp_path / "picture.png")
+    assert "suspicion" not in plain
+    with_teacher(folder)
+    code, text, err = command("predict", folder, tmp_path / "picture.png", "--top", 2, "--json")
+    assert (code, err) == (0, "")
+    (answer,) = json.loads(text)
+    expected = float(RobustClassifier.load(folder).suspicion(PICTURE)[0])
+    assert answer["suspicion"] == pytest.approx(expected, abs=1e-5)
+    code, text, _ = command("predict", folder, tmp_path / "picture.png", "--top", 2)
+    assert code == 0
+    assert "suspicion" in text
+    assert f"{expected:.2f}" in text
+
+
+def test_a_bundle_without_a_teacher_has_no_suspicion(clf: RobustClassifier, folder: Path) -> None:
+    alone = RobustClassifier.load(folder / "model.onnx", provider="cpu", threads=1)
+    for each in (clf, alone):
+        assert not each.has_teacher
+        for ask in (each.suspicion, each.teacher_logits):
+            assert "fdml export --teacher writes it" in fault(lambda ask=ask: ask(batch(1)))
+
+
+@pytest.mark.parametrize("of", [card(classes=("cat", "dog", "owl")), card(classes=CLASSES[::-1]), card((3, 9, 9))])
+def test_a_teacher_of_something_else_is_refused(of: Card, tmp_path: Path) -> None:
+    pair = RobustClassifier.load(with_teacher(make(tmp_path / "pair"), of), threads=1)
+    said = fault(lambda: pair.suspicion(batch(1)), BundleError)
+    assert "teacher.onnx: takes other images or has other classes" in said
+
+
+def test_a_teacher_that_was_exchanged_or_is_damaged_is_refused(tmp_path: Path) -> None:
+    folder = with_teacher(make(tmp_path / "pair"))
+    pair = RobustClassifier.load(folder, threads=1)
+    (folder / "teacher.onnx").write_bytes(b"something else")
+    assert "exchanged" in fault(lambda: pair.suspicion(batch(1)), BundleError)
+    bundle.write_sums(folder)
+    pair = RobustClassifier.load(folder, threads=1)
+    assert "cannot read it" in fault(lambda: pair.suspicion(batch(1)), BundleError)
+    (folder / "teacher.onnx").write_bytes(network(card(), metadata=None))
+    bundle.write_sums(folder)
+    pair = RobustClassifier.load(folder, threads=1)
+    assert "no fdml card" in fault(lambda: pair.teacher_logits(batch(1)), BundleError)
