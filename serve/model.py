@@ -84,6 +84,8 @@ def load(path: Path, config: Config) -> RobustClassifier:
             raise InputError(f"{path}: its self-test failed: the answer depends on what else is in the batch")
     if classifier.has_teacher:
         classifier.teacher_logits(images[:1])
+    if classifier.has_bounds:
+        classifier.certified_linf(images[0], 0.0)
     return classifier
 
 

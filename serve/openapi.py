@@ -75,7 +75,7 @@ _INFERRED = {
 }
 _CERTIFIED = {
     "type": "object",
-    "required": ["norm", "radius", "asked", "holds", "label", "alpha", "samples", "method"],
+    "required": ["norm", "radius", "asked", "holds", "label", "alpha", "samples", "method", "abstained"],
     "properties": {
         "norm": {"enum": ["l2", "linf"]},
         "radius": {"type": "number", "description": "What was shown, in pixel units; 0 for nothing."},
@@ -85,6 +85,7 @@ _CERTIFIED = {
         "alpha": {"type": "number", "description": "The chance of an error; 0 for a proof."},
         "samples": {"type": "integer"},
         "method": {"enum": ["smoothing", "bounds"]},
+        "abstained": {"type": "boolean", "description": "Whether nothing was shown."},
     },
 }
 _CLASS = {

@@ -55,7 +55,14 @@ class Trust:
         self._pending += 1
         try:
             if norm == "linf":
-                return await loop.run_in_executor(self._pool, self._by_bounds, served, image, radius)
+                key = (served.weights, hashlib.sha256(image.tobytes()).digest(), radius)
+                found = self._known.get(key)
+                if found is None:
+                    found = await loop.run_in_executor(self._pool, _by_bounds, served, image, radius)
+                    self._known[key] = found
+                    while len(self._known) > self._how.cache:
+                        self._known.popitem(last=False)
+                return found
             sigma = sigma_of(served.classifier.card, None, force=False)
             how = Smoothing(sigma, samples, self._how.alpha, (radius,), secrets.randbits(63))
             work = _Sampling(served, loop, deadline - _MARGIN, request)
@@ -67,25 +74,20 @@ class Trust:
         """Ends the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _by_bounds(self, served: Served, image: np.ndarray, radius: float) -> dict[str, Any]:
-        key = (served.weights, hashlib.sha256(image.tobytes()).digest(), radius)
-        found = self._known.get(key)
-        if found is None:
-            proof = served.classifier.certified_linf(image, radius)[0]
-            found = {
-                "norm": "linf",
-                "radius": radius if proof.certified else 0.0,
-                "asked": radius,
-                "holds": proof.certified,
-                "label": served.classifier.classes[proof.index],
-                "alpha": 0.0,
-                "samples": 0,
-                "method": "bounds",
-            }
-            self._known[key] = found
-            while len(self._known) > self._how.cache:
-                self._known.popitem(last=False)
-        return found
+
+def _by_bounds(served: Served, image: np.ndarray, radius: float) -> dict[str, Any]:
+    proof = served.classifier.certified_linf(image, radius)[0]
+    return {
+        "norm": "linf",
+        "radius": radius if proof.certified else 0.0,
+        "asked": radius,
+        "holds": proof.certified,
+        "label": proof.label if proof.certified else None,
+        "alpha": 0.0,
+        "samples": 0,
+        "method": "bounds",
+        "abstained": not proof.certified,
+    }
 
 
 class _Sampling:

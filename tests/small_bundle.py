@@ -57,7 +57,7 @@ def network(of: Card, *, scale: float = 8.0, channels: int | None = None, metada
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", len(of.classes)])],
         [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     if metadata is not None:
         helper.set_model_props(model, {KEY: of.to_json() if metadata == "card" else metadata})
     onnx.checker.check_model(model)

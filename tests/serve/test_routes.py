@@ -8,6 +8,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 import pytest
 from live_server import LiveServer
 from PIL import Image
-from small_bundle import CLASSES, SHAPE, card, make
+from small_bundle import CLASSES, SHAPE, card, make, network
 
 from fdml import RobustClassifier
+from fdml.bundle import write_sums
 
 TOKEN = "a-token-of-a-camera"
 ADMIN = "a-token-of-an-operator"
@@ -193,6 +195,33 @@ def test_a_certificate_ends_at_the_deadline(http: httpx.Client) -> None:
     if found.status_code == 200:
         certified = found.json()["certified"]
         assert certified["radius"] < 0.7 or certified["holds"]
+
+
+def test_a_proof_and_a_hint_where_the_bundle_has_what_they_need(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    from fdml.export.bounds import bounded
+
+    folder = make(tmp_path / "full", card(sigma=0.0))
+    model = onnx.load(folder / "model.onnx")
+    hashed = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    (folder / "bounds.onnx").write_bytes(bounded(model, hashed).SerializeToString())
+    (folder / "teacher.onnx").write_bytes(network(replace(card(), role="teacher"), scale=3.0))
+    write_sums(folder)
+    clf = RobustClassifier.load(folder)
+    content = picture()
+    with LiveServer(folder) as server, httpx.Client(base_url=server.address, timeout=20) as client:
+        for radius in (1e-4, 1e-4, 0.5):
+            found = client.post(f"/v1/models/full/classify?certify={radius}", content=content).json()
+            proof = clf.certified_linf(content, radius)[0]
+            certified = found["certified"]
+            assert (certified["norm"], certified["method"], certified["alpha"]) == ("linf", "bounds", 0)
+            assert certified["holds"] == proof.certified == (not certified["abstained"])
+            assert certified["label"] == (proof.label if proof.certified else None)
+        assert found["suspect"] == pytest.approx(float(clf.suspicion(content)[0]), abs=1e-5)
+        found = client.post("/v1/models/full/classify?suspect=false", content=content).json()
+        assert "suspect" not in found
+        about = client.get("/v1/models/full").json()
+        assert (about["certificates"], about["suspect"]) == (["linf"], True)
 
 
 @pytest.mark.parametrize(
