@@ -12,11 +12,14 @@ from typing import Any
 
 
 class LiveServer:
-    """`fdml serve` with ``words`` on a free port; ``address`` is where it answers, ``log`` what it wrote so far."""
+    """`fdml serve` with ``words`` on a free port, with ``env`` added to the environment; ``address`` is where it
+    answers, ``log`` what it wrote so far."""
 
-    def __init__(self, *words: str | Path) -> None:
+    def __init__(self, *words: str | Path, env: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "fdml", "serve", "--port", "0", *map(str, words)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {})
+        )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         found = re.search(r"https?://\S+:(\d+)", line)

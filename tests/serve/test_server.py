@@ -1,5 +1,6 @@
 """The server's life: start, slow clients, overload, reload, and an end that loses nothing."""
 
+import gzip
 import json
 import shutil
 import signal
@@ -8,6 +9,7 @@ import ssl
 import subprocess
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -176,6 +178,35 @@ def test_a_deadline_of_the_client(bundle: Path) -> None:
         answer = httpx.post(f"{server.address}/v2/models/pets/infer", content=content, timeout=20)
         assert answer.status_code == 504
         assert "deadline" in answer.json()["error"]
+
+
+def test_spans_are_sent_and_go_on_where_the_client_began(bundle: Path) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    received: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            received.append(gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        where = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}"}
+        trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+        with LiveServer(bundle, "--trace", env=where) as server:
+            headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+            httpx.post(f"{server.address}/v1/models/pets/classify", content=picture(), headers=headers)
+            assert server.end() == 0
+        collector.shutdown()
+    sent = b"".join(received)
+    assert b"POST classify" in sent
+    assert bytes.fromhex(trace) in sent
+    assert b"pets" in sent
 
 
 def test_tls(bundle: Path, tmp_path: Path) -> None:
