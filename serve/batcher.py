@@ -223,7 +223,7 @@ class Batcher:
 
     def _outcomes(self, run: Run, batch: Sequence[Job]) -> list[Any]:
         """For each job (logits, probabilities), or (status, message)."""
-        images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
+        images = np.concatenate([job.images for job in batch])  # also where it is one, which may not be aligned
         if not batch[0].noisy and images.view(np.uint32).max() > _ONE:
             faults = [_fault(job, self._shape) for job in batch]
             if any(faults):

@@ -106,7 +106,7 @@ class Routes:
         request.route, request.model = "infer", served.name
         headers = request.headers
         coding = headers.get(b"content-encoding")
-        body = request.body if coding is None else _inflated(request.body, coding, self._config.limits.body_bytes)
+        body = request.body if coding is None else _inflated(request.body, coding, served.reader.most)
         plan, images = served.reader.read(body, headers.get(wire.LENGTH))
         limit = self._config.deadline_seconds
         if plan.timeout is not None:

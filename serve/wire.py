@@ -18,6 +18,8 @@ IMAGES = "images"
 OUTPUTS = ("logits", "probabilities", "label")
 _FLOAT = np.dtype("<f4")
 _TYPES = {"FP32": _FLOAT, "FP64": np.dtype("<f8"), "FP16": np.dtype("<f2")}
+_DIGITS, _REST = 32, 64 << 10
+"""Bytes that a number takes in JSON at most, and what else a request may have."""
 _SMALL, _HEADS = 1024, 256
 """Heads of at most so many bytes, and so many of them, are remembered."""
 _DEPTH = 5
@@ -84,15 +86,19 @@ class Reader:
 
     def __init__(self, shape: tuple[int, int, int], largest: int) -> None:
         self._shape, self._largest = shape, largest
+        self.most = largest * math.prod(shape) * _DIGITS + _REST
+        """Bytes of a request that is read at all: reading keeps other clients waiting."""
         self._known: dict[bytes, Plan] = {}
 
     def read(self, body: bytes, length: bytes | None) -> tuple[Plan, np.ndarray]:
         """What the request in ``body`` asks for, and its images (n, c, h, w), float32.
 
-        ``length`` is the value of the header ``LENGTH``. Pixels are not looked at: their range is checked in the batch.
-        Raises ``WireError``.
+        ``length`` is the value of the header ``LENGTH``. The images may lie in the body, and not be aligned. Pixels are
+        not looked at: their range is checked in the batch. Raises ``WireError``.
         """
         size = len(body)
+        if size > self.most:
+            raise WireError(f"the body has {size} bytes; {self._largest} images take less than {self.most}")
         if length is not None:
             if not length.isdigit() or len(length) > 12 or not 0 < int(length) <= size:
                 raise WireError(f"Inference-Header-Content-Length is {_shown(length)}, but the body has {size} bytes")
@@ -115,7 +121,7 @@ class Reader:
         if end != len(body):
             raise WireError(f"the body has {len(body)} bytes, but its inputs end after {end}")
         rows = np.frombuffer(body, plan.kind, count, size) if plan.binary else _numbers(plan.data, count)
-        if plan.kind != _FLOAT or not plan.binary or size % 4:  # a network takes float32, and aligned
+        if rows.dtype != _FLOAT:
             with np.errstate(over="ignore"):  # what is too large becomes inf, and is refused as a pixel
                 rows = rows.astype(np.float32)
         return plan, rows.reshape(plan.dims)

@@ -533,16 +533,16 @@ def test_predict_shows_the_suspicion(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(png(PICTURE))
     folder = make(tmp_path / "pair")
     _, plain, _ = command("predict", folder, tmp_path / "picture.png")
-    assert "suspicion" not in plain
+    assert "suspect" not in plain
     with_teacher(folder)
     code, text, err = command("predict", folder, tmp_path / "picture.png", "--top", 2, "--json")
     assert (code, err) == (0, "")
     (answer,) = json.loads(text)
     expected = float(RobustClassifier.load(folder).suspicion(PICTURE)[0])
-    assert answer["suspicion"] == pytest.approx(expected, abs=1e-5)
+    assert answer["suspect"] == pytest.approx(expected, abs=1e-5)
     code, text, _ = command("predict", folder, tmp_path / "picture.png", "--top", 2)
     assert code == 0
-    assert "suspicion" in text
+    assert "suspect" in text
     assert f"{expected:.2f}" in text
 
 

@@ -117,10 +117,16 @@ def test_a_length_that_cannot_be(length: bytes) -> None:
         Reader(SHAPE, 8).read(body()[0], length)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"inputs":' + b"[" * 5000, b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 60_000, b'{"inputs":' + b"[" * 5000, b"null"])
 def test_what_is_no_json(content: bytes) -> None:
     with pytest.raises(WireError, match=r"is no JSON|not as the protocol has it"):
         Reader(SHAPE, 8).read(content, None)
+
+
+def test_what_no_request_needs_is_not_read() -> None:
+    reader = Reader(SHAPE, 8)
+    with pytest.raises(WireError, match="8 images take less than"):
+        reader.read(b" " * (reader.most + 1), None)
 
 
 @pytest.mark.parametrize("data", ['"abc"', "[[0,0],[0]]", '[0,0,0,"1"]', "[[[[[[[0,0,0,0]]]]]]]", "[null,0,0,0]", "{}"])
