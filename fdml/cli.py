@@ -524,21 +524,21 @@ def predict(
         named = [{"class": name, "probability": round(p, 6)} for name, p in best]
         answers.append({"image": str(path), "top": named})
         if suspicion is not None:
-            answers[-1]["suspicion"] = round(suspicion, 6)
+            answers[-1]["suspect"] = round(suspicion, 6)
     if as_json:
         print(json.dumps(answers))
         return
     from rich.table import Column, Table
     from rich.text import Text
 
-    hinted = any("suspicion" in answer for answer in answers)
-    columns = ["probability", *(["suspicion"] if hinted else [])]
+    hinted = any("suspect" in answer for answer in answers)
+    columns = ["probability", *(["suspect"] if hinted else [])]
     table = Table(Column("image", overflow="fold"), Column("class", overflow="fold"), *columns)
     for answer in answers:
         for place, found in enumerate(answer["top"]):
             # Text, not markup: names may hold brackets.
             names = Text("" if place else answer["image"]), Text(found["class"])
-            hint = [] if place or not hinted else [f"{answer['suspicion']:.2f}"]
+            hint = [] if place or not hinted else [f"{answer['suspect']:.2f}"]
             table.add_row(*names, f"{100 * found['probability']:.1f}%", *hint)
     _console().print(table)
 
