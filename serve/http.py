@@ -143,6 +143,7 @@ class Connection(asyncio.Protocol):
         self._active_keep = True
         self._refusing = False
         self._paused = False
+        self._blocked = False
         self.deadline = float("inf")
         self._begin()
 
@@ -176,10 +177,14 @@ class Connection(asyncio.Protocol):
         return False  # who stops sending has hung up
 
     def pause_writing(self) -> None:
+        # Who does not read its answers is asked for no more requests.
+        self._blocked = True
+        self._pause()
         self.deadline = time.monotonic() + self._hub.limits.write_seconds
 
     def resume_writing(self) -> None:
-        self._rest() if self._active is None else self._wait()
+        self._blocked = False
+        self._wait() if self._active is not None else self._next()
 
     def data_received(self, data: bytes) -> None:
         if self._refusing:
@@ -189,6 +194,7 @@ class Connection(asyncio.Protocol):
             if not self._began:
                 self._began = True
                 self._hurry(self._hub.limits.head_seconds)
+        held = self._held
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -201,7 +207,10 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError:
             self._refuse(400, "this is no HTTP/1.1 request")
         else:
-            if not self._whole_head and self._head > self._hub.limits.head:
+            # Beside the head: what comes after it and is no body, such as trailers.
+            if self._whole_head:
+                self._head = 0 if self._held != held else self._head + len(data)
+            if self._head > self._hub.limits.head:
                 self._refuse(431, f"the head of the request is larger than {self._hub.limits.head} bytes")
 
     # What the parser calls -------------------------------------------------------------------------------------------
@@ -213,15 +222,18 @@ class Connection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.lower()] = value
         self._count += 1
+        if self._count > self._hub.limits.headers:
+            raise _Refused(431, f"the request has more than {self._hub.limits.headers} headers")
+        if not self._whole_head:  # a trailer says nothing that is acted on
+            self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         limits, headers = self._hub.limits, self._headers
-        # Body bytes that came in the same piece were counted as well; a head this small is never refused for them.
-        if self._count > limits.headers or len(self._url) > limits.head:
-            raise _Refused(431, f"more than {limits.headers} headers or a URL of more than {limits.head} bytes")
+        if len(self._url) > limits.head:
+            raise _Refused(431, f"the URL has more than {limits.head} bytes")
         self._whole_head = True
+        self._head = 0
         self._hurry(limits.body_seconds)
         length = headers.get(b"content-length")
         if length is not None and int(length) > limits.body:
@@ -253,13 +265,11 @@ class Connection(asyncio.Protocol):
         request.id = given if given is not None and _ID.fullmatch(given) else self._hub.new_id()
         keep = self._keep
         self._begin()
-        if self._active is None:
+        if self._active is None and not self._waiting and not self._blocked:
             self._start(request, keep)
             return
         self._waiting.append((request, keep))
-        if not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+        self._pause()
 
     # Answers ---------------------------------------------------------------------------------------------------------
 
@@ -275,13 +285,10 @@ class Connection(asyncio.Protocol):
         self._write(status, b"" if request.method == b"HEAD" else body, len(body), kind, extra, request.id, keep)
         if not keep:
             self._transport.close()
-        elif self._waiting:
-            self._start(*self._waiting.popleft())
+        elif self._waiting:  # not from here, where as many answers would call each other as requests wait
+            asyncio.get_running_loop().call_soon(self._next)
         else:
-            if self._paused:
-                self._paused = False
-                self._transport.resume_reading()
-            self._rest()
+            self._next()
 
     def expire(self) -> None:
         """Its time is over: an answer where a request has begun, and the end."""
@@ -301,6 +308,23 @@ class Connection(asyncio.Protocol):
         self._pieces: list[bytes] = []
         self._count = self._head = self._held = 0
         self._whole_head = self._began = False
+
+    def _next(self) -> None:
+        """Goes on with the request that waits, or waits for one."""
+        if self._blocked or self._active is not None or self._transport.is_closing():
+            return
+        if self._waiting:
+            self._start(*self._waiting.popleft())
+            return
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        self._rest()
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
 
     def _rest(self) -> None:
         """Nothing is waited for but the next request, or the rest of it."""

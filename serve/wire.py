@@ -179,7 +179,7 @@ def _numbers(data: msgspec.Raw, count: int) -> np.ndarray:
                     raise WireError("the data of images is nested unevenly") from None
                 level = [each for inner in level for each in inner]
             numbers = msgspec.convert(level, list[float])
-    except (msgspec.ValidationError, msgspec.DecodeError, RecursionError):
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise WireError("the data of images are not numbers, in a list or in lists of lists") from None
     if len(numbers) != count:
         raise WireError(f"images has {len(numbers)} numbers; its shape asks for {count}")

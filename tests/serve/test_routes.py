@@ -1,5 +1,6 @@
 """The server as its clients meet it: tritonclient, httpx, a browser's form, and raw sockets."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -363,6 +364,50 @@ def test_no_answer_waits_for_another_connection(live: LiveServer) -> None:
             seen += raw.recv(65536)
     places = [seen.index(b"x-request-id: r%d\r\n" % number) for number in range(5)]
     assert places == sorted(places)
+
+
+def test_many_requests_at_once_on_one_connection(live: LiveServer) -> None:
+    with socket.create_connection(("127.0.0.1", live.port)) as raw:
+        raw.settimeout(20)
+        raw.sendall(b"GET /v2 HTTP/1.1\r\nhost: a\r\n\r\n" * 3000)
+        seen = 0
+        tail = b""
+        while seen < 3000:
+            more = raw.recv(1 << 20)
+            assert more
+            tail += more
+            seen += tail.count(b"HTTP/1.1 200")
+            assert b"HTTP/1.1 5" not in tail
+            tail = tail[-11:]
+
+
+def memory(live: LiveServer) -> int:
+    """Resident memory of the server, in KiB."""
+    text = Path(f"/proc/{live.process.pid}/status").read_text()
+    return int(text.partition("VmRSS:")[2].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_client_that_does_not_read_costs_no_memory(live: LiveServer, http: httpx.Client) -> None:
+    http.get("/docs")
+    before = memory(live)
+    with socket.create_connection(("127.0.0.1", live.port)) as raw:
+        raw.settimeout(1)
+        block = b"GET /docs HTTP/1.1\r\nhost: a\r\n\r\n" * 500
+        with contextlib.suppress(TimeoutError):
+            for _ in range(200):
+                raw.sendall(block)
+        assert http.get("/v2/health/live").status_code == 200
+        assert memory(live) - before < 30_000
+
+
+@pytest.mark.parametrize("trailer", [b"x: " + b"v" * 65_536, b"".join(b"x%d: y\r\n" % n for n in range(9000))])
+def test_trailers_are_bounded_and_say_nothing(live: LiveServer, http: httpx.Client, trailer: bytes) -> None:
+    head = b"POST /v2/models/pets/infer HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
+    assert raw_answer(live, head, trailer).startswith(b"HTTP/1.1 431 ")
+    seen = raw_answer(live, head.replace(b"host", b"connection: close\r\nhost"), b"x-request-id: trailing\r\n\r\n")
+    assert seen.startswith(b"HTTP/1.1 400 ")
+    assert b"trailing" not in seen
 
 
 def raw_answer(live: LiveServer, *pieces: bytes, pause: float = 0.0) -> bytes:

@@ -136,6 +136,12 @@ def test_data_that_are_no_numbers(data: str) -> None:
         Reader(SHAPE, 8).read(content.encode(), None)
 
 
+def test_data_that_are_no_text() -> None:
+    content = b'{"inputs":[{"name":"images","shape":[1,1,2,2],"datatype":"FP32","data":[[0,"\xb0"]]}]}'
+    with pytest.raises(WireError):
+        Reader(SHAPE, 8).read(content, None)
+
+
 def test_numbers_beyond_float32_become_what_the_batch_refuses() -> None:
     content = b'{"inputs":[{"name":"images","shape":[1,1,2,2],"datatype":"FP32","data":[1e300,0,0,0]}]}'
     assert np.isinf(Reader(SHAPE, 8).read(content, None)[1][0, 0, 0, 0])
