@@ -8,7 +8,7 @@ binary extension and the classification extension are Triton's. A binary body is
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -34,7 +34,7 @@ class Input(msgspec.Struct):
     """An input of a request. ``data`` stays JSON until its type is known."""
 
     name: str
-    shape: list[int]
+    shape: list[Annotated[int, msgspec.Meta(ge=-(1 << 40), le=1 << 40)]]
     datatype: str
     parameters: dict[str, Any] = {}
     data: msgspec.Raw = msgspec.Raw()
@@ -152,7 +152,7 @@ class Reader:
             raise WireError("images needs either data or the parameter binary_data_size")
         whole = math.prod(dims) * kind.itemsize
         if told is not None and (isinstance(told, bool) or told != whole):
-            raise WireError(f"binary_data_size is {str(told)[:20]}; {dims} of {given.datatype} take {whole}")
+            raise WireError(f"binary_data_size is {_brief(told)}; {dims} of {given.datatype} take {whole}")
         return Plan(head.id, _timeout(head), _wants(head), tuple(dims), kind, told is not None, msgspec.Raw(data))
 
 
@@ -160,8 +160,8 @@ def _timeout(head: Head) -> float | None:
     given = head.parameters.get("timeout")
     if given is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise WireError(f"timeout is {str(given)[:20]}; it is a number of microseconds")
+    if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given < 1 << 63:
+        raise WireError(f"timeout is {_brief(given)}; it is a number of microseconds")
     return given / 1e6
 
 
@@ -196,7 +196,7 @@ def _wants(head: Head) -> tuple[Want, ...]:
         if each.name not in OUTPUTS or any(each.name == want.name for want in wants):
             raise WireError(f"output {each.name[:40]!r}: each of {', '.join(OUTPUTS)} can be asked for once")
         if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:
-            raise WireError(f"output {each.name}: classification is {str(classes)[:20]}; it is a number of classes")
+            raise WireError(f"output {each.name}: classification is {_brief(classes)}; it is a number of classes")
         if classes and each.name == "label":
             raise WireError("output label: a classification is of logits or probabilities")
         wants.append(Want(each.name, each.parameters.get("binary_data", usual) is True, classes))
@@ -263,6 +263,13 @@ class Writer:
         raw = b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in each)
         parts.append(raw)
         return found | {"parameters": {"binary_data_size": len(raw)}}
+
+
+def _brief(value: object) -> str:
+    try:
+        return str(value)[:20]
+    except ValueError:  # a number of more digits than Python writes
+        return "a huge number"
 
 
 def _shown(value: bytes) -> str:
