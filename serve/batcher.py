@@ -8,6 +8,7 @@ although one is, so that they are slow under load and never starve.
 
 import asyncio
 import queue
+import statistics
 import threading
 import time
 from collections import deque
@@ -104,7 +105,9 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self.pace = 0.0
-        """Seconds an image takes in an instance, a moving average; 0 before the first batch."""
+        """Seconds an image takes in an instance, the median of the last batches; 0 before the first."""
+        self._paces: deque[float] = deque(maxlen=15)
+        self._running = 0
         self._work: queue.SimpleQueue[list[Job] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._serve, args=(run,), name=f"fdml-run-{number}", daemon=True)
@@ -123,7 +126,7 @@ class Batcher:
         if job.noisy:
             self._copies.append(job)
         else:
-            ahead = self.waiting * self.pace / self._instances
+            ahead = (self.waiting + self._running + count) * self.pace / self._instances
             if self.waiting + count > self._how.queue or now + ahead > job.deadline:
                 raise Full(min(max(ahead, 0.1), 60.0))
             self._jobs.append(job)
@@ -174,6 +177,7 @@ class Batcher:
             self._turn += 1
             if batch:
                 self._free -= 1
+                self._running += sum(len(job.images) for job in batch)
                 self._work.put(batch)
         if self._free and self._jobs and self._timer is None:
             self._timer = self._loop.call_later(max(0.0, self._jobs[0].since + self._how.delay - now), self._ring)
@@ -253,7 +257,9 @@ class Batcher:
     def _done(self, batch: list[Job], outcomes: list[Any], began: float, ran: float) -> None:
         self._free += 1
         images = sum(len(job.images) for job in batch)
-        self.pace = ran / images if not self.pace else 0.9 * self.pace + 0.1 * ran / images
+        self._running -= images
+        self._paces.append(ran / images)
+        self.pace = statistics.median(self._paces)  # one batch that was held up says nothing about the next
         self._watch(images, began - batch[0].since, ran)
         # The instance is given its next batch before the answers to this one are written.
         self._dispatch(time.monotonic())

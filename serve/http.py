@@ -144,6 +144,7 @@ class Connection(asyncio.Protocol):
         self._refusing = False
         self._paused = False
         self._blocked = False
+        self._begun = False
         self.deadline = float("inf")
         self._begin()
 
@@ -195,6 +196,7 @@ class Connection(asyncio.Protocol):
                 self._began = True
                 self._hurry(self._hub.limits.head_seconds)
         held = self._held
+        self._begun = False
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -265,11 +267,15 @@ class Connection(asyncio.Protocol):
         request.id = given if given is not None and _ID.fullmatch(given) else self._hub.new_id()
         keep = self._keep
         self._begin()
-        if self._active is None and not self._waiting and not self._blocked:
+        # One of those that came in one piece; the others later, so that other connections have their turn.
+        if self._active is None and not self._waiting and not self._blocked and not self._begun:
+            self._begun = True
             self._start(request, keep)
             return
         self._waiting.append((request, keep))
         self._pause()
+        if self._active is None and len(self._waiting) == 1:
+            asyncio.get_running_loop().call_soon(self._next)
 
     # Answers ---------------------------------------------------------------------------------------------------------
 
@@ -293,7 +299,9 @@ class Connection(asyncio.Protocol):
     def expire(self) -> None:
         """Its time is over: an answer where a request has begun, and the end."""
         if self._refusing or self._active is not None or not self._began:
-            self._transport.abort() if self._refusing or self._active is not None else self._transport.close()
+            # What is not read would keep a connection that is closed in order.
+            unread = self._blocked or self._transport.get_write_buffer_size() > 0
+            self._transport.abort() if self._refusing or self._active is not None or unread else self._transport.close()
         else:
             self._refuse(408, "the request did not arrive in time")
 

@@ -1,7 +1,7 @@
 """The OpenAPI document of the server, and the page that shows it."""
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import fdml
@@ -203,6 +203,11 @@ def document(admin: bool) -> dict[str, Any]:
 
 def page(models: Iterable[Served], admin: bool) -> bytes:
     """The document as one HTML page, without scripts and without anything from elsewhere."""
+    return _page(tuple(models), admin)
+
+
+@lru_cache(maxsize=1)
+def _page(models: tuple[Served, ...], admin: bool) -> bytes:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("fdml.serve", "."), autoescape=True, trim_blocks=True)
@@ -213,7 +218,7 @@ def page(models: Iterable[Served], admin: bool) -> bytes:
         if verb != "parameters"
     ]
     template = environment.get_template("docs.jinja")
-    return template.render(version=fdml.__version__, models=list(models), rows=rows).encode()
+    return template.render(version=fdml.__version__, models=models, rows=rows).encode()
 
 
 def _operation(
