@@ -470,6 +470,7 @@ def serve(
     new_token: Annotated[
         str | None, typer.Option(help="Make a bearer token for this name, print it with its line of the file, and end.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Serve bundles: the Open Inference Protocol v2, and pictures with certificates."""
     from fdml.serve.config import Config, changed, model_of, read_config
@@ -505,7 +506,11 @@ def serve(
     found = changed(found, **{key: value for key, value in given.items() if value is not None}).checked()
     from fdml.serve.server import serve as run
 
-    run(found, started=lambda address: print(f"fdml serves {address} (addresses: {address}/docs)", flush=True))
+    def started(address: str) -> None:
+        text = f"fdml serves {address} (addresses: {address}/docs)"
+        print(json.dumps({"address": address}) if as_json else text, flush=True)
+
+    run(found, started=started)
 
 
 @app.command(epilog="Examples:  fdml predict runs/fdml-digits digit.png --top 3  |  fdml predict bundle *.png")
