@@ -19,15 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from blank import SHAPE, blank
 from stock import plain
 
-from fdml.card import Card
 from fdml.evaluate.session import Session
 from fdml.export.convert import convert
 from fdml.export.quantise import quantised
 from fdml.models import Frozen, build
-
-SHAPE = (3, 32, 32)
 
 
 def main() -> None:
@@ -57,7 +55,7 @@ def forms(options: argparse.Namespace, size: int) -> dict[str, Callable[[], obje
     torch.manual_seed(0)
     keys = {} if options.width is None else {"width": options.width}
     model = build(options.architecture, input=SHAPE, classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, options=keys).eval()
-    card = card_of(options.architecture, keys)
+    card = blank(options.architecture, keys)
     folded = Frozen(model).model
     x = torch.rand(size, *SHAPE)
     made: dict[str, Any] = {"stock torch": plain(model), "fdml torch": model, "fdml, folded": folded}
@@ -100,24 +98,6 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int, size: int) -> lis
     found = {name: statistics.median(each) for name, each in seconds.items()}
     first = found[names[0]]
     return [{"form": name, "batch": size, "ms": 1e3 * each, "faster": first / each} for name, each in found.items()]
-
-
-def card_of(architecture: str, keys: dict[str, Any]) -> Card:
-    return Card(
-        architecture=architecture,
-        options=keys,
-        classes=tuple(f"class {i}" for i in range(10)),
-        input=SHAPE,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        threat=None,
-        role="student",
-        recipe={},
-        seed=0,
-        data={"name": "none", "fingerprint": "none"},
-        metrics={},
-        versions={},
-    )
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from blank import blank
 from onnx import TensorProto, helper, numpy_helper
 
 from fdml import bundle
-from fdml.card import KEY, Card
+from fdml.card import KEY
 from fdml.runtime import RobustClassifier
 
 START = """
@@ -60,21 +61,7 @@ def made(folder: Path, width: int) -> Path:
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
-    card = Card(
-        architecture="cnn",
-        options={"width": width},
-        classes=tuple(f"class {i}" for i in range(10)),
-        input=(3, 32, 32),
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        threat=None,
-        role="student",
-        recipe={},
-        seed=0,
-        data={"name": "none", "fingerprint": "none"},
-        metrics={},
-        versions={},
-    )
+    card = blank("cnn", {"width": width})
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     helper.set_model_props(model, {KEY: card.to_json()})
     onnx.save(model, folder / "model.onnx")

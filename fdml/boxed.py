@@ -14,6 +14,7 @@ from fdml import bundle as bundles
 from fdml.bundle import Bundle, BundleError
 from fdml.errors import InputError
 from fdml.pixels import check_batch
+from fdml.session import session_options
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -74,12 +75,7 @@ class Boxed:
             raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from None
         if hashlib.sha256(content).hexdigest() != bundle.files[bundles.BOUNDS]:
             raise BundleError(f"{path}: was exchanged since the bundle was loaded: load it anew")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what it has to say is in its exceptions
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if not spin:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = session_options(threads, spin)
         try:
             session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common class
@@ -98,10 +94,6 @@ class Boxed:
         """
         check_batch(image[None], self._shape)
         return self._bound(image, _float32(eps, up=True), eps)
-
-    def certify(self, image: np.ndarray, eps: float) -> bool:
-        """Whether every image within ``eps`` is proved to be answered as ``image`` is; as ``bound``."""
-        return self.bound(image, eps).certified
 
     def radius(self, image: np.ndarray, largest: float = 1.0, fine: float = _FINE) -> BoxProof:
         """The largest eps, at most ``largest``, that bisection down to ``fine`` finds to be certified, and its margin.

@@ -486,24 +486,24 @@ def serve(
     if (tls_cert is None) != (tls_key is None):
         raise InputError("--tls-cert and --tls-key belong together: give both or none")
     found = Config() if config is None else read_config(config)
-    given: dict[str, Any] = {
-        "host": host,
-        "port": port,
-        "compute__provider": provider,
-        "compute__threads": threads,
-        "compute__instances": instances,
-        "batching__largest": max_batch,
-        "batching__delay_ms": delay_ms,
-        "batching__queue": queue,
-        "certify__max_samples": max_samples,
-        "deadline_seconds": deadline,
-        "log": log,
-        "allow_admin": allow_admin or None,
-        "tracing": trace or None,
-        "tls": None if tls_cert is None else {"cert": str(tls_cert), "key": str(tls_key)},
-        "models": [model_of(word) for word in bundles] if bundles else None,
-    }
-    found = changed(found, **{key: value for key, value in given.items() if value is not None}).checked()
+    found = changed(
+        found,
+        host=host,
+        port=port,
+        compute__provider=provider,
+        compute__threads=threads,
+        compute__instances=instances,
+        batching__largest=max_batch,
+        batching__delay_ms=delay_ms,
+        batching__queue=queue,
+        certify__max_samples=max_samples,
+        deadline_seconds=deadline,
+        log=log,
+        allow_admin=allow_admin or None,
+        tracing=trace or None,
+        tls=None if tls_cert is None else {"cert": str(tls_cert), "key": str(tls_key)},
+        models=[model_of(word) for word in bundles] if bundles else None,
+    ).checked()
     from fdml.serve.server import serve as run
 
     def started(address: str) -> None:
@@ -525,11 +525,11 @@ def predict(
     """Classify images."""
     file = model / "student.safetensors" if (model / "student.safetensors").exists() else model
     answers: list[dict[str, Any]] = []
-    for path, best, suspicion in _answers(file, images, top, provider, device):
+    for path, best, suspect in _answers(file, images, top, provider, device):
         named = [{"class": name, "probability": round(p, 6)} for name, p in best]
         answers.append({"image": str(path), "top": named})
-        if suspicion is not None:
-            answers[-1]["suspect"] = round(suspicion, 6)
+        if suspect is not None:
+            answers[-1]["suspect"] = round(suspect, 6)
     if as_json:
         print(json.dumps(answers))
         return
@@ -554,13 +554,19 @@ def _answers(
     """For each image its most probable classes, by the runtime, or for a ``.safetensors`` file by torch; and its
     suspicion, where a bundle has a teacher."""
     if model.suffix != ".safetensors":
+        from fdml.pixels import Intake
         from fdml.runtime import RobustClassifier
+        from fdml.suspicion import suspicion
 
         classifier = RobustClassifier.load(model, provider)
         top = min(top, len(classifier.classes))
         for path in images:
-            best = classifier.predict(path, top).top
-            yield path, best, float(classifier.suspicion(path)[0]) if classifier.has_teacher else None
+            pixels = Intake([path], classifier.input).pixels(0, 1)
+            (found,) = classifier.predict(pixels, top)
+            suspect = None
+            if classifier.has_teacher:
+                suspect = float(suspicion(found.logits[None], classifier.teacher_logits(pixels))[0])
+            yield path, found.top, suspect
         return
     import torch
 

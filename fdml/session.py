@@ -89,17 +89,23 @@ def _imported() -> Any:
     return onnxruntime
 
 
-def _open(
-    path: Path, name: str, threads: int | None, engines: "_Engines | None", *, spin: bool, lenient: bool
-) -> Opened | None:
-    """The session on the provider ``name``; None where it is not to be had and ``lenient``."""
-    onnxruntime = _imported()
-    options = onnxruntime.SessionOptions()
+def session_options(threads: int | None, spin: bool) -> "onnxruntime.SessionOptions":
+    """How many threads compute a batch (None: ONNX Runtime's choice), and whether they wait for the next in a loop."""
+    options = _imported().SessionOptions()
     options.log_severity_level = 4  # what it has to say is in its exceptions
     if threads is not None:
         options.intra_op_num_threads = threads
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _open(
+    path: Path, name: str, threads: int | None, engines: "_Engines | None", *, spin: bool, lenient: bool
+) -> Opened | None:
+    """The session on the provider ``name``; None where it is not to be had and ``lenient``."""
+    onnxruntime = _imported()
+    options = session_options(threads, spin)
     scratch = None
     settings: dict[str, str] = {}
     if name == "tensorrt" and engines is not None:

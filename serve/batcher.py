@@ -39,6 +39,11 @@ class Batching:
     delay: float = 0.002
     queue: int = 1024
 
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes at which a batch is run at once, the smallest first; the largest batch is one of them."""
+        return sorted({size for size in self.preferred if size < self.largest} | {self.largest})
+
 
 class Full(Exception):  # noqa: N818 — it is an answer
     """The queue is full, or would not be served in time; ``seconds`` is when to try again."""
@@ -80,7 +85,8 @@ class Job:
 class Batcher:
     """Gathers jobs for ``run``, which ``instances`` threads call. Its methods are called in the event loop.
 
-    ``watch`` is told of each batch: its images, the seconds that they waited at most and that it ran.
+    ``watch`` is told of each batch: its images, the seconds that they waited at most and that it ran; ``trouble``, of
+    what went wrong in the network.
     """
 
     def __init__(
@@ -90,9 +96,10 @@ class Batcher:
         how: Batching,
         instances: int,
         watch: Callable[[int, float, float], None] = lambda images, waited, ran: None,
+        trouble: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        self._how, self._shape, self._watch = how, shape, watch
-        self._sizes = sorted({size for size in how.preferred if size < how.largest} | {how.largest}, reverse=True)
+        self._how, self._shape, self._watch, self._trouble = how, shape, watch, trouble
+        self._sizes = how.sizes[::-1]
         self._least = self._sizes[-1]
         self._loop = asyncio.get_running_loop()
         self._jobs: deque[Job] = deque()
@@ -121,6 +128,9 @@ class Batcher:
 
         Raises ``Full`` where as many images wait as may, or more than can be run before the job's deadline.
         """
+        if self._closed:
+            job.fail(503, "the model is being unloaded")
+            return
         count, now = len(job.images), time.monotonic()
         job.since = now
         if job.noisy:
@@ -165,9 +175,7 @@ class Batcher:
     def _dispatch(self, now: float) -> None:
         """Gives the free instances what is ready, and sees to it that what is not will be looked at in time."""
         while self._free:
-            ready = bool(self._jobs) and (
-                self.waiting >= self._least or now - self._jobs[0].since >= self._how.delay or self._closed
-            )
+            ready = bool(self._jobs) and (self.waiting >= self._least or now - self._jobs[0].since >= self._how.delay)
             if ready and not (self._copies and self._turn % _SHARE == _SHARE - 1):
                 batch = self._ordinary(now)
             elif self._copies:
@@ -226,7 +234,7 @@ class Batcher:
                 return
 
     def _outcomes(self, run: Run, batch: Sequence[Job]) -> list[Any]:
-        """For each job (logits, probabilities), or (status, message)."""
+        """For each job (logits, probabilities), or (status, message), or the error of the network."""
         images = np.concatenate([job.images for job in batch])  # also where it is one, which may not be aligned
         if not batch[0].noisy and images.view(np.uint32).max() > _ONE:
             faults = [_fault(job, self._shape) for job in batch]
@@ -238,7 +246,7 @@ class Batcher:
             logits = run(images)
         except Exception as error:
             if len(batch) == 1:
-                return [(500, f"the model could not be run: {type(error).__name__}")]
+                return [error]
             return [outcome for job in batch for outcome in self._outcomes(run, [job])]
         if not np.isfinite(logits).all() and not batch[0].noisy:
             if len(batch) == 1:
@@ -264,7 +272,10 @@ class Batcher:
         # The instance is given its next batch before the answers to this one are written.
         self._dispatch(time.monotonic())
         for job, outcome in zip(batch, outcomes, strict=True):
-            if isinstance(outcome[0], int):
+            if isinstance(outcome, Exception):
+                self._trouble(outcome)
+                job.fail(500, f"the model could not be run: {type(outcome).__name__}")
+            elif isinstance(outcome[0], int):
                 job.fail(*outcome)
             else:
                 job.finish(*outcome)

@@ -84,6 +84,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     headers: Count = 100
     body_bytes: Annotated[int, Meta(ge=1024)] = 32 << 20
     bodies_bytes: Annotated[int, Meta(ge=1024)] = 512 << 20
+    pixels: Count = 25_000_000
     head_seconds: Seconds = 10.0
     body_seconds: Seconds = 30.0
     idle_seconds: Seconds = 75.0
@@ -204,11 +205,15 @@ def model_of(text: str) -> ModelConfig:
 
 
 def changed(config: Config, **values: object) -> Config:
-    """The configuration with other values; a name with a dot is of a table. Raises ``InputError`` for a bad one."""
+    """The configuration with other values, without those that are None; ``table__key`` is a key of a table.
+
+    Raises ``InputError`` for a value that cannot be.
+    """
     content = msgspec.to_builtins(config)
-    for key, value in values.items():
-        table, dot, inner = key.rpartition("__")
-        (content[table] if dot else content)[inner] = value
+    for name, value in values.items():
+        table, inside, key = name.rpartition("__")
+        if value is not None:
+            (content[table] if inside else content)[key] = value
     try:
         return msgspec.convert(content, Config)
     except msgspec.ValidationError as error:

@@ -2,8 +2,7 @@
 
 The parser is llhttp, Node's own, by httptools. What is here is what an inference server needs beside it and a general
 web server does not give: the head, the body, the time and the memory of all connections together are bounded, and a
-request knows that its client hung up while it still waits for a batch. docs/serving.md has what that costs and gains
-against a general one.
+request knows that its client hung up while it still waits for a batch. docs/results.md has it beside general ones.
 """
 
 import asyncio
@@ -43,6 +42,14 @@ class Limits:
     body_seconds: float = 30.0
     idle_seconds: float = 75.0
     write_seconds: float = 30.0
+
+
+class Problem(Exception):  # noqa: N818 — it is an answer
+    """An error that a client is told: an HTTP status, one line, and more header lines."""
+
+    def __init__(self, status: int, message: str, extra: bytes = b"") -> None:
+        super().__init__(message)
+        self.status, self.extra = status, extra
 
 
 class Request:
@@ -90,14 +97,20 @@ Handle = Callable[[Request], Coroutine[Any, Any, None] | None]
 
 
 class Hub:
-    """What all connections share: the limits, the handler, their number, the bytes that they hold."""
+    """What all connections share: the limits, the handler, their number, the bytes that they hold. ``done`` is told of
+    each answer, its status and size, ``refused`` the status of what never became a request."""
 
-    def __init__(self, handle: Handle, limits: Limits, done: Callable[[Request, int, int], None]) -> None:
-        self.handle, self.limits, self.done = handle, limits, done
+    def __init__(
+        self,
+        handle: Handle,
+        limits: Limits,
+        done: Callable[[Request, int, int], None],
+        refused: Callable[[int], None] = lambda status: None,
+    ) -> None:
+        self.handle, self.limits, self.done, self.refused = handle, limits, done, refused
         self.connections: set[Connection] = set()
         self.bodies = 0
         self.draining = False
-        self.refused = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self._ids = itertools.count()
         self._prefix = secrets.token_hex(6).encode()
@@ -114,11 +127,6 @@ class Hub:
         now = time.monotonic()
         for connection in [each for each in self.connections if each.deadline < now]:
             connection.expire()
-
-    @property
-    def busy(self) -> int:
-        """Connections with a request that is not answered."""
-        return sum(connection.busy for connection in self.connections)
 
     def drain(self) -> None:
         """From now on each connection closes after its answer."""
@@ -203,9 +211,9 @@ class Connection(asyncio.Protocol):
             self._refusing = True  # what follows would be in the other protocol; the request itself is answered
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
-            if not isinstance(cause, _Refused):
+            if not isinstance(cause, Problem):
                 raise
-            self._refuse(cause.status, cause.message)
+            self._refuse(cause.status, str(cause))
         except httptools.HttpParserError:
             self._refuse(400, "this is no HTTP/1.1 request")
         else:
@@ -226,26 +234,26 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count += 1
         if self._count > self._hub.limits.headers:
-            raise _Refused(431, f"the request has more than {self._hub.limits.headers} headers")
+            raise Problem(431, f"the request has more than {self._hub.limits.headers} headers")
         if not self._whole_head:  # a trailer says nothing that is acted on
             self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         limits, headers = self._hub.limits, self._headers
         if len(self._url) > limits.head:
-            raise _Refused(431, f"the URL has more than {limits.head} bytes")
+            raise Problem(431, f"the URL has more than {limits.head} bytes")
         self._whole_head = True
         self._head = 0
         self._hurry(limits.body_seconds)
         length = headers.get(b"content-length")
         if length is not None and int(length) > limits.body:
-            raise _Refused(413, f"the body has {int(length)} bytes; at most {limits.body} are taken")
+            raise Problem(413, f"the body has {int(length)} bytes; at most {limits.body} are taken")
         if headers.get(b"expect", b"").lower() == b"100-continue" and self._active is None:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         # An offer to go on in another protocol is not taken up; the parser leaves out the body of such a request.
         other = self._parser.should_upgrade()
         if other and (length not in (None, b"0") or b"transfer-encoding" in headers):
-            raise _Refused(501, "no other protocol is spoken here than HTTP/1.1")
+            raise Problem(501, "no other protocol is spoken here than HTTP/1.1")
         self._keep = self._parser.should_keep_alive() and not other
 
     def on_body(self, piece: bytes) -> None:
@@ -253,9 +261,9 @@ class Connection(asyncio.Protocol):
         self._held += len(piece)
         self._hub.bodies += len(piece)
         if self._held > self._hub.limits.body:
-            raise _Refused(413, f"the body is larger than the {self._hub.limits.body} bytes that are taken")
+            raise Problem(413, f"the body is larger than the {self._hub.limits.body} bytes that are taken")
         if self._hub.bodies > self._hub.limits.bodies:
-            raise _Refused(503, "the server holds as many requests as it can; try again")
+            raise Problem(503, "the server holds as many requests as it can; try again")
 
     def on_message_complete(self) -> None:
         path, _, query = self._url.partition(b"?")
@@ -297,13 +305,11 @@ class Connection(asyncio.Protocol):
             self._next()
 
     def expire(self) -> None:
-        """Its time is over: an answer where a request has begun, and the end."""
-        if self._refusing or self._active is not None or not self._began:
-            # What is not read would keep a connection that is closed in order.
-            unread = self._blocked or self._transport.get_write_buffer_size() > 0
-            self._transport.abort() if self._refusing or self._active is not None or unread else self._transport.close()
-        else:
+        """Its time is over: an answer where a request has begun to arrive, and the end."""
+        if self._began and self._active is None and not self._refusing and not self._blocked:
             self._refuse(408, "the request did not arrive in time")
+        else:  # not in order: that would wait for the client to read
+            self._transport.abort()
 
     def close(self) -> None:
         """Closes it after what is written."""
@@ -361,7 +367,7 @@ class Connection(asyncio.Protocol):
     def _refuse(self, status: int, message: str, extra: bytes = b"") -> None:
         """Answers what is no request that will be handled, and closes."""
         self._refusing = True
-        self._hub.refused += 1
+        self._hub.refused(status)
         self._hub.bodies -= self._held
         self._held = 0
         self._pieces.clear()
@@ -393,9 +399,3 @@ class Connection(asyncio.Protocol):
                 body,
             )
         )
-
-
-class _Refused(Exception):  # noqa: N818 — it is an answer
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status, self.message = status, message

@@ -52,10 +52,10 @@ class Log:
         """Something else that happened."""
         self._add({"time": round(time.time(), 3), "level": level, "event": event, **values})
 
-    def defect(self, request: Request, error: BaseException) -> None:
-        """An error that is ours, with its traceback."""
+    def defect(self, error: BaseException, id: str = "") -> None:
+        """An error that is ours or the network's, with its traceback; ``id`` is the request's, where it is of one."""
         trace = "".join(traceback.format_exception(error))[-4000:]
-        self.event("defect", level="error", id=request.id.decode("ascii"), traceback=trace)
+        self.event("defect", level="error", id=id, traceback=trace)
 
     def flush(self) -> None:
         """Writes what was gathered."""

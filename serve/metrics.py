@@ -72,6 +72,10 @@ class Metrics(Collector):
             self.latency[key] = Histogram(SECONDS)
         self.latency[key].observe(seconds)
 
+    def refused(self, status: int) -> None:
+        """Counts what was refused before it was a request."""
+        self.requests["", "refused", str(status)] += 1
+
     def batch(self, model: str, images: int, waited: float, ran: float) -> None:
         """Counts a batch."""
         if model not in self.sizes:

@@ -19,12 +19,20 @@ _APART = 1e-3
 """How far the logits of an image may differ by what else is in its batch, relative to the largest of them."""
 
 Watch = Callable[[str, int, float, float], None]
+"""Is told of a batch: the model, its images, the seconds that they waited at most and that it ran."""
+Trouble = Callable[[Exception], None]
 
 
 class Served:
-    """One version of a model, ready to answer; made in the event loop after ``load`` elsewhere."""
+    """One version of a model, ready to answer; made in the event loop after ``load`` elsewhere.
 
-    def __init__(self, of: ModelConfig, classifier: RobustClassifier, config: Config, watch: Watch) -> None:
+    Who asks it more than once, or later, counts among the ``holders``, so that it stays until then. ``inferences`` are
+    the images that it was run on, random copies with them.
+    """
+
+    def __init__(
+        self, of: ModelConfig, classifier: RobustClassifier, config: Config, watch: Watch, trouble: Trouble
+    ) -> None:
         name = of.called
         self.name, self.version = name, of.version
         self.classifier = classifier
@@ -34,19 +42,26 @@ class Served:
         self.writer = Writer(name, of.version, classifier.classes)
 
         def seen(images: int, waited: float, ran: float) -> None:
+            self.inferences += images
             watch(name, images, waited, ran)
 
+        self.holders = self.inferences = 0
         instances = config.compute.instances
-        self.batcher = Batcher(classifier.run, self.shape, config.gathering, instances, seen)
+        self.batcher = Batcher(classifier.run, self.shape, config.gathering, instances, seen, trouble)
         self.teacher: Batcher | None = None
         if classifier.has_teacher:
-            self.teacher = Batcher(classifier.teacher_logits, self.shape, config.gathering, 1)
-        self.answered = 0
+            run = classifier.teacher_logits
+            self.teacher = Batcher(run, self.shape, config.gathering, 1, trouble=trouble)
 
     @property
     def batchers(self) -> list[Batcher]:
         """All that gather for it."""
         return [self.batcher, *([self.teacher] if self.teacher else [])]
+
+    @property
+    def certificates(self) -> list[str]:
+        """The norms that it can certify in."""
+        return (["l2"] if self.sigma else []) + (["linf"] if self.classifier.has_bounds else [])
 
     @property
     def sigma(self) -> float:
@@ -55,7 +70,9 @@ class Served:
 
     async def retire(self) -> None:
         """Answers what it has taken, and ends."""
-        while not all(batcher.idle for batcher in self.batchers):
+        while self.holders or not all(batcher.idle for batcher in self.batchers):
+            for batcher in self.batchers:
+                batcher.expire()
             await asyncio.sleep(0.01)
         for batcher in self.batchers:
             batcher.close()
@@ -71,11 +88,13 @@ def load(path: Path, config: Config) -> RobustClassifier:
     # Threads that wait in a loop would take the cores from the connections.
     classifier = RobustClassifier.load(path, config.compute.provider, threads, spin=False)
     random = np.random.default_rng(0)
-    sizes = sorted({1, *config.batching.preferred, config.batching.largest})
+    preferred = config.gathering.sizes
+    # A GPU chooses its kernels by the batch; a CPU has seen all with the smallest, and a large network takes long.
+    sizes = [1, *(preferred[:1] if classifier.provider == "cpu" else preferred)]
     images = random.random((sizes[-1], *classifier.input), np.float32)
     images[0], images[-1] = 0, 1
     alone = None
-    for size in [size for size in sizes if size <= len(images)]:
+    for size in sizes:
         logits = classifier.run(images[:size])
         alone = logits[0] if alone is None else alone
         if logits.shape != (size, len(classifier.classes)) or not np.isfinite(logits).all():
@@ -110,8 +129,8 @@ class Place:
 class Repository:
     """All models. Every method is called in the event loop; loading happens in threads."""
 
-    def __init__(self, config: Config, watch: Watch) -> None:
-        self._config, self._watch = config, watch
+    def __init__(self, config: Config, watch: Watch, trouble: Trouble) -> None:
+        self._config, self._watch, self._trouble = config, watch, trouble
         self._places = [Place(of) for of in config.models]
         self.ready: dict[str, dict[str, Served]] = {}
         """By name and version."""
@@ -156,7 +175,7 @@ class Repository:
             except (InputError, ImportError) as error:
                 place.reason = str(error)
                 raise
-            old, place.served = place.served, Served(place.of, classifier, self._config, self._watch)
+            old, place.served = place.served, Served(place.of, classifier, self._config, self._watch, self._trouble)
             place.reason = ""
             self._index()
             if old is not None:

@@ -203,11 +203,21 @@ def document(admin: bool) -> dict[str, Any]:
 
 def page(models: Iterable[Served], admin: bool) -> bytes:
     """The document as one HTML page, without scripts and without anything from elsewhere."""
-    return _page(tuple(models), admin)
+    rows = [
+        (
+            each.name,
+            each.version,
+            " x ".join(map(str, each.shape)),
+            len(each.classifier.classes),
+            " ".join(each.certificates),
+        )
+        for each in models
+    ]
+    return _page(tuple(rows), admin)
 
 
 @lru_cache(maxsize=1)
-def _page(models: tuple[Served, ...], admin: bool) -> bytes:
+def _page(models: tuple[tuple[str, str, str, int, str], ...], admin: bool) -> bytes:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("fdml.serve", "."), autoescape=True, trim_blocks=True)

@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import hmac
 import time
-import zlib
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,32 +13,27 @@ import msgspec
 import numpy as np
 
 import fdml
+from fdml.bundle import BundleError
 from fdml.errors import InputError
-from fdml.pixels import Intake
-from fdml.serve import wire
-from fdml.serve.batcher import Full, Job
+from fdml.serve import about, wire
+from fdml.serve.batcher import Batcher, Full, Job
+from fdml.serve.body import decoded, inflated, picture
 from fdml.serve.config import Config, TokenConfig
-from fdml.serve.http import Request
+from fdml.serve.http import JSON, Problem, Request
 from fdml.serve.log import Log
 from fdml.serve.metrics import KIND, Metrics
-from fdml.serve.model import Place, Repository, Served
+from fdml.serve.model import Repository, Served
 from fdml.serve.trust import Trust, norm_for
 from fdml.suspicion import suspicion
 
 EXTENSIONS = ["binary_tensor_data", "classification", "statistics"]
+_PICTURES = 256
+"""Pictures that may wait to be decoded."""
 _HTML = b"text/html; charset=utf-8"
 _PAGE_RULES = (
     b"content-security-policy: default-src 'none'; style-src 'unsafe-inline'\r\nx-content-type-options: nosniff\r\n"
 )
 _json = msgspec.json.Encoder().encode
-
-
-class Problem(Exception):  # noqa: N818 — it is an answer
-    """An error that a client is told: an HTTP status and one line."""
-
-    def __init__(self, status: int, message: str, extra: bytes = b"") -> None:
-        super().__init__(message)
-        self.status, self.extra = status, extra
 
 
 class Routes:
@@ -79,11 +73,12 @@ class Routes:
                 request.fail(error.status, str(error), error.extra)
             case Full():
                 request.fail(503, str(error), b"retry-after: %d\r\n" % max(1, round(error.seconds)))
-            case wire.WireError() | InputError():
+            case wire.WireError() | InputError() if not isinstance(error, BundleError):  # that one names a path
                 request.fail(400, str(error))
             case _:
-                self._log.defect(request, error)
-                request.fail(500, f"a defect of the server; its log has more under the id {request.id.decode()}")
+                id = request.id.decode("ascii")
+                self._log.defect(error, id)
+                request.fail(500, f"a defect of the server; its log has more under the id {id}")
 
     def _allowed(self, request: Request, *, admin: bool = False) -> None:
         """Raises ``Problem`` where the request has no token that allows it."""
@@ -106,7 +101,7 @@ class Routes:
         request.route, request.model = "infer", served.name
         headers = request.headers
         coding = headers.get(b"content-encoding")
-        body = request.body if coding is None else _inflated(request.body, coding, served.reader.most)
+        body = request.body if coding is None else inflated(request.body, coding, served.reader.most)
         plan, images = served.reader.read(body, headers.get(wire.LENGTH))
         limit = self._config.deadline_seconds
         if plan.timeout is not None:
@@ -135,7 +130,7 @@ class Routes:
                 self._give(request, {"name": "fdml", "version": fdml.__version__, "extensions": self._extensions})
             case ["v2", "models", "stats"]:
                 _must(method, b"GET")
-                self._give(request, {"model_stats": [_stats(served) for served in self._models]})
+                self._give(request, {"model_stats": [about.stats(served) for served in self._models]})
             case ["v2", "models", name, *rest]:
                 self._model(request, method, name, rest)
             case ["v2", "repository", *rest] if self._config.allow_admin:
@@ -146,16 +141,16 @@ class Routes:
                 raise Problem(403, "the model repository can be changed only where the server runs with --allow-admin")
             case ["v1", "models"]:
                 _must(method, b"GET")
-                self._give(request, {"models": [_described(served) for served in self._models]})
+                self._give(request, {"models": [about.described(served) for served in self._models]})
             case ["v1", "models", name]:
                 _must(method, b"GET")
-                self._give(request, _described(self._find(name, None)))
+                self._give(request, about.described(self._find(name, None)))
             case ["v1", "models", name, "classify"]:
                 _must(method, b"POST")
-                return self._guarded(request, self._classify(request, self._find(name, None)))
+                return self._guarded(request, self._held(request, self._find(name, None)))
             case ["v1", "models", name, "versions", version, "classify"]:
                 _must(method, b"POST")
-                return self._guarded(request, self._classify(request, self._find(name, version)))
+                return self._guarded(request, self._held(request, self._find(name, version)))
             case ["metrics"]:
                 request.route = "metrics"
                 _must(method, b"GET")
@@ -194,13 +189,13 @@ class Routes:
         match rest:
             case []:
                 _must(method, b"GET")
-                self._give(request, _metadata(served, sorted(self._models.ready[name])))
+                self._give(request, about.metadata(served, sorted(self._models.ready[name])))
             case ["config"]:
                 _must(method, b"GET")
-                self._give(request, _model_config(served, self._config))
+                self._give(request, about.model_config(served, self._config))
             case ["stats"]:
                 _must(method, b"GET")
-                self._give(request, {"model_stats": [_stats(served)]})
+                self._give(request, {"model_stats": [about.stats(served)]})
             case ["infer"]:
                 _must(method, b"POST")
                 self._infer(request, served)  # its address was written otherwise than usual
@@ -211,7 +206,7 @@ class Routes:
         match rest:
             case ["index"]:
                 only = _index_wish(request.body)
-                states = [_state(place) for place in self._models.places if place.served or not only]
+                states = [about.state(place) for place in self._models.places if place.served or not only]
                 self._give(request, states)
             case ["models", name, ("load" | "unload") as verb]:
                 try:
@@ -240,6 +235,14 @@ class Routes:
 
     # Images for people and applications ------------------------------------------------------------------------------
 
+    async def _held(self, request: Request, served: Served) -> None:
+        """``_classify`` by a model that stays until the end, whatever takes its place meanwhile."""
+        served.holders += 1
+        try:
+            await self._classify(request, served)
+        finally:
+            served.holders -= 1
+
     async def _classify(self, request: Request, served: Served) -> None:
         request.route, request.model = "classify", served.name
         options = _options(request.query)
@@ -259,13 +262,13 @@ class Routes:
                 400, f"unknown option {min(options)[:40]!r}: top_k, certify, norm, samples, suspect, timeout_ms"
             )
 
-        content = _picture(request)
-        if self._decoding >= 256:
+        content = picture(request)
+        if self._decoding >= _PICTURES:
             raise Full(1.0)
         self._decoding += 1
         try:
-            decode = asyncio.get_running_loop().run_in_executor(self._pictures, _decoded, content, served.shape)
-            images = await decode
+            loop = asyncio.get_running_loop()
+            images = await loop.run_in_executor(self._pictures, decoded, content, served.shape)
         finally:
             self._decoding -= 1
         if request.gone:
@@ -321,10 +324,11 @@ class Routes:
 
     def _measure(self) -> None:
         self._metrics.gauges = {
-            "queue_images": {served.name: float(served.batcher.waiting) for served in self._models},
-            "model_ready": {
-                place.of.called: float(place.served is not None) for place in self._models.places if place.wanted
+            "queue_images": {
+                name: float(sum(served.batcher.waiting for served in versions.values()))
+                for name, versions in self._models.ready.items()
             },
+            "versions_ready": {name: float(len(versions)) for name, versions in self._models.ready.items()},
         }
 
 
@@ -342,9 +346,8 @@ class _Infer(Job):
         return self._request.gone
 
     def finish(self, logits: np.ndarray, probabilities: np.ndarray) -> None:
-        self._served.answered += len(logits)
         body, extra = self._served.writer.write(self._plan.id, self._plan.wants, logits, probabilities)
-        self._request.reply(200, body, b"application/octet-stream" if extra else b"application/json", extra)
+        self._request.reply(200, body, b"application/octet-stream" if extra else JSON, extra)
 
     def fail(self, status: int, message: str) -> None:
         self._request.fail(status, message)
@@ -361,7 +364,7 @@ class _Answer(Job):
         self.future: asyncio.Future[tuple[np.ndarray, np.ndarray]] = asyncio.get_running_loop().create_future()
 
     @classmethod
-    def of(cls, batcher: Any, images: np.ndarray, deadline: float, request: Request) -> "asyncio.Future[Any]":
+    def of(cls, batcher: Batcher, images: np.ndarray, deadline: float, request: Request) -> "asyncio.Future[Any]":
         job = cls(images, deadline, request)
         batcher.submit(job)
         return job.future
@@ -387,26 +390,6 @@ class _Answer(Job):
 def _must(method: bytes, allowed: bytes) -> None:
     if method != allowed:
         raise Problem(405, f"this address takes {allowed.decode()}", b"allow: " + allowed + b"\r\n")
-
-
-def _inflated(body: bytes, coding: bytes, limit: int) -> bytes:
-    """The body of a compressed request, which may not grow beyond ``limit`` bytes."""
-    kinds = {b"gzip": 31, b"deflate": 15, b"identity": 0}
-    name = coding.strip().lower()
-    if name not in kinds:
-        raise Problem(415, "the body can be compressed by gzip or deflate")
-    if name == b"identity":
-        return body
-    reader = zlib.decompressobj(kinds[name])
-    try:
-        found = reader.decompress(body, limit + 1)
-    except zlib.error:
-        raise Problem(400, f"the body is not compressed by {name.decode()}") from None
-    if len(found) > limit:
-        raise Problem(413, f"the body is larger than the {limit} bytes that are taken")
-    if not reader.eof:
-        raise Problem(400, "the compressed body is cut off")
-    return found
 
 
 def _options(query: bytes) -> dict[str, str]:
@@ -438,72 +421,6 @@ def _number(options: dict[str, str], name: str, least: float, largest: float, *,
     return value
 
 
-def _picture(request: Request) -> bytes:
-    """The image file in the body, or in the part ``image`` of a form."""
-    kind = request.headers.get(b"content-type", b"")
-    if request.headers.get(b"content-encoding", b"identity") != b"identity":
-        raise Problem(415, "an image is compressed already: send it without a content-encoding")
-    form = kind.lower().startswith(b"multipart/form-data")
-    content = _part(kind, request.body) if form else request.body
-    if not content:
-        raise Problem(400, "the body is empty: send a PNG, JPEG, WebP or BMP file, or a form with one called image")
-    return content
-
-
-def _part(kind: bytes, body: bytes) -> bytes:
-    from python_multipart.exceptions import FormParserError
-    from python_multipart.multipart import MultipartParser, parse_options_header
-
-    boundary = parse_options_header(kind)[1].get(b"boundary")
-    if not boundary or len(boundary) > 256:
-        raise Problem(400, "the form has no boundary, or one that is too long")
-    parts: list[tuple[bytearray, bytearray, bytearray]] = []  # a header's name and value, and the content
-    names: list[bytes] = []
-
-    def begin() -> None:
-        if len(parts) >= 16:
-            raise Problem(400, "the form has more than 16 parts")
-        parts.append((bytearray(), bytearray(), bytearray()))
-        names.append(b"")
-
-    def end_header() -> None:
-        name, value, _ = parts[-1]
-        if bytes(name).lower() == b"content-disposition":
-            names[-1] = parse_options_header(bytes(value))[1].get(b"name", b"")
-        name.clear()
-        value.clear()
-
-    def field(place: int) -> Any:
-        def add(data: bytes, start: int, end: int) -> None:
-            if place < 2 and len(parts[-1][place]) > 4096:
-                raise Problem(400, "a part of the form has a head that is too large")
-            parts[-1][place].extend(data[start:end])
-
-        return add
-
-    calls: Any = {
-        "on_part_begin": begin,
-        "on_header_field": field(0),
-        "on_header_value": field(1),
-        "on_header_end": end_header,
-        "on_part_data": field(2),
-    }
-    try:
-        parser = MultipartParser(boundary, calls)
-        parser.write(body)
-        parser.finalize()
-    except FormParserError:
-        raise Problem(400, "the form is not as multipart/form-data has it") from None
-    found = [bytes(content) for name, (_, _, content) in zip(names, parts, strict=True) if name in (b"image", b"file")]
-    if len(found) != 1:
-        raise Problem(400, f"the form has {len(found)} parts called image; one is needed")
-    return found[0]
-
-
-def _decoded(content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    return Intake([content], shape).pixels(0, 1)
-
-
 def _index_wish(body: bytes) -> bool:
     """Whether only models that are ready are asked for."""
     if not body:
@@ -512,71 +429,3 @@ def _index_wish(body: bytes) -> bool:
         return bool(msgspec.json.decode(body, type=dict[str, Any]).get("ready", False))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Problem(400, 'the body is no JSON object such as {"ready": true}') from None
-
-
-def _state(place: Place) -> dict[str, Any]:
-    reason = "" if place.served else ("unloaded" if not place.wanted else "it could not be loaded")
-    return {"name": place.of.called, "version": place.of.version, "state": place.state, "reason": reason}
-
-
-def _described(served: Served) -> dict[str, Any]:
-    card = served.classifier.card
-    evidence = served.classifier.evidence or {}
-    return {
-        "name": served.name,
-        "version": served.version,
-        "weights": served.weights,
-        "classes": list(card.classes),
-        "input": list(card.input),
-        "threat": card.threat,
-        "precision": evidence.get("precision"),
-        "robust_accuracy": (evidence.get("robust_accuracy") or {}).get("artefact"),
-        "provider": served.classifier.provider,
-        "certificates": (["l2"] if served.sigma else []) + (["linf"] if served.classifier.has_bounds else []),
-        "suspect": served.teacher is not None,
-    }
-
-
-def _tensors(served: Served) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    classes = len(served.classifier.classes)
-    outputs: list[dict[str, Any]] = [
-        {"name": name, "datatype": "FP32", "shape": [-1, classes]} for name in ("logits", "probabilities")
-    ]
-    outputs.append({"name": "label", "datatype": "BYTES", "shape": [-1]})
-    return {"name": wire.IMAGES, "datatype": "FP32", "shape": [-1, *served.shape]}, outputs
-
-
-def _metadata(served: Served, versions: list[str]) -> dict[str, Any]:
-    images, outputs = _tensors(served)
-    return {
-        "name": served.name,
-        "versions": versions,
-        "platform": "onnxruntime_onnx",
-        "inputs": [images],
-        "outputs": outputs,
-    }
-
-
-def _model_config(served: Served, config: Config) -> dict[str, Any]:
-    images, outputs = _tensors(served)
-
-    def tensor(of: dict[str, Any]) -> dict[str, Any]:
-        kind = "TYPE_STRING" if of["datatype"] == "BYTES" else "TYPE_" + of["datatype"]
-        return {"name": of["name"], "data_type": kind, "dims": of["shape"][1:] or [1]}
-
-    return {
-        "name": served.name,
-        "platform": "onnxruntime_onnx",
-        "backend": "onnxruntime",
-        "max_batch_size": config.batching.largest,
-        "input": [tensor(images)],
-        "output": [tensor(each) for each in outputs],
-        "dynamic_batching": {
-            "preferred_batch_size": config.batching.preferred,
-            "max_queue_delay_microseconds": round(1000 * config.batching.delay_ms),
-        },
-    }
-
-
-def _stats(served: Served) -> dict[str, Any]:
-    return {"name": served.name, "version": served.version, "inference_count": served.answered}

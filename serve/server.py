@@ -8,8 +8,11 @@ import socket
 import ssl
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from fdml.errors import InputError
 from fdml.serve.config import Config
@@ -35,7 +38,10 @@ def serve(config: Config, *, started: Callable[[str], None] = lambda address: No
 
     Raises ``InputError`` for a bundle that cannot be served, and for an address that cannot be bound.
     """
+    # The process is the server's own: what is global is set for it.
     sys.setswitchinterval(_SWITCH)
+    Image.MAX_IMAGE_PIXELS = config.limits.pixels
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # becomes an answer, not a line of text in the log
     try:
         import uvloop
     except ModuleNotFoundError:  # where there is none, as on Windows
@@ -61,10 +67,10 @@ class _Server:
             self._tracing = Tracing()
         tls = _tls(config)
         listener = _listener(config)
-        models = Repository(config, self._metrics.batch)
+        models = Repository(config, self._metrics.batch, self._log.defect)
         trust = Trust(config.certify)
         routes = Routes(config, models, trust, self._metrics, log)
-        hub = Hub(routes.handle, config.bounds, self._done)
+        hub = Hub(routes.handle, config.bounds, self._done, self._metrics.refused)
         loop = asyncio.get_running_loop()
         tasks: list[asyncio.Task[None]] = []
         server = None
@@ -170,8 +176,7 @@ class _Server:
         hub.close_idle()
         while hub.connections and time.monotonic() < ends:
             await asyncio.sleep(0.01)
-            if not hub.busy:
-                hub.close_idle()
+            hub.close_idle()
 
 
 def _listener(config: Config) -> socket.socket:

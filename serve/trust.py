@@ -162,7 +162,7 @@ def norm_for(served: Served, asked: str | None) -> str:
 
     Raises ``InputError`` for another norm, and for a model that has no certificates of that kind.
     """
-    can = (["l2"] if served.sigma else []) + (["linf"] if served.classifier.has_bounds else [])
+    can = served.certificates
     if asked not in (None, "l2", "linf"):
         raise InputError(f"norm={asked[:20]!r}: it is l2 or linf")
     if not can:

@@ -123,3 +123,23 @@ def test_sampling_ends_when_all_is_decided() -> None:
     assert radius == 0
     assert count < 1000
     assert math.isfinite(radius)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 4])
+def test_sampling_that_is_ended_gives_what_was_shown(calls: int) -> None:
+    """The first call chooses the class, the others look at 128 copies each."""
+    left = calls
+
+    def classify(pixels: np.ndarray) -> np.ndarray | None:
+        nonlocal left
+        left -= 1
+        return None if left < 0 else np.tile([1.0, 0.0], (len(pixels), 1))
+
+    how = Smoothing(sigma=0.25, n=100_000, alpha=0.001, radii=(0.7,), seed=0)
+    found = ArraySmoother(classify, ("a", "b"), how, 1).certify(np.zeros((1, 4, 4), np.float32), 0)
+    looked = 128 * max(calls - 1, 0)
+    assert (found.n, found.hits) == (looked, looked)
+    assert found.abstained == (looked == 0)
+    radius, _, _ = decide([(128, 128)] * max(calls - 1, 0), (0.7,), sigma=0.25, alpha=0.001, samples=100_000)
+    assert found.radius == radius
+    assert 0 <= found.radius < 0.7

@@ -192,13 +192,13 @@ def test_no_point_of_the_box_breaks_a_claim(noisy: Path, made: Path) -> None:
         found = boxed.radius(image)
         assert found == boxed.radius(image)
         assert found.index == clf.predict(image).index
-        assert found.certified == boxed.certify(image, found.eps)
+        assert found.certified == boxed.bound(image, found.eps).certified
         if found.certified:
             radii.append(found.eps)
             for eps in (1e-7, found.eps):
                 points = corners(model, image, found.index, eps)
                 assert (clf.logits(points).argmax(1) == found.index).all()
-        assert not boxed.certify(image, 0.5)
+        assert not boxed.bound(image, 0.5).certified
     assert len(radii) > 8
     assert max(radii) > 0.002
     assert (np.array(y) == [prediction.index for prediction in clf.predict(x)]).mean() > 0.8

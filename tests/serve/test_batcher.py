@@ -47,6 +47,7 @@ class Network:
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
+        self.troubles: list[Exception] = []
         self.gate = threading.Event()
         self.gate.set()
 
@@ -62,7 +63,8 @@ class Network:
 def run(test: Callable[[Batcher, Network], Awaitable[None]], how: Batching | None = None, instances: int = 1) -> None:
     async def go() -> None:
         network = Network()
-        batcher = Batcher(network, SHAPE, how or Batching(largest=8, preferred=(4, 8), delay=0.01), instances)
+        how_then = how or Batching(largest=8, preferred=(4, 8), delay=0.01)
+        batcher = Batcher(network, SHAPE, how_then, instances, trouble=network.troubles.append)
         try:
             await asyncio.wait_for(test(batcher, network), 20)
         finally:
@@ -205,6 +207,7 @@ def test_a_poisoned_request_fails_alone(poison: float, status: int, message: str
         assert bad.error is not None
         assert bad.error[0] == status
         assert message in bad.error[1]
+        assert [str(error) for error in network.troubles] == (["a kernel fell over"] if "Runtime" in message else [])
         for job in good:
             assert job.logits is not None
             assert job.logits[0, 0] == job.images[0, 0, 0, 0]
@@ -241,6 +244,9 @@ def test_closing_fails_what_waits() -> None:
         batcher.close()
         assert waits.error is not None
         assert waits.error[0] == 503
+        late = Asked()
+        batcher.submit(late)
+        assert late.error is not None, "nothing waits for threads that are gone"
         network.gate.set()
         await finished(jobs)
         assert all(job.logits is not None for job in jobs), "what ran is answered"

@@ -188,14 +188,16 @@ def test_a_certificate_comes_with_the_answer(http: httpx.Client) -> None:
     assert not huge["holds"]
 
 
-def test_a_certificate_ends_at_the_deadline(http: httpx.Client) -> None:
-    began = time.monotonic()
-    found = http.post("/v1/models/pets/classify?certify=0.7&timeout_ms=60", content=picture())
-    assert time.monotonic() - began < 5
-    assert found.status_code in (200, 504)
-    if found.status_code == 200:
-        certified = found.json()["certified"]
-        assert certified["radius"] < 0.7 or certified["holds"]
+def test_a_certificate_without_time_abstains(http: httpx.Client) -> None:
+    """A certificate ends 50 ms before the deadline: with less than that it shows nothing, and the answer comes."""
+    address = "/v1/models/pets/classify?certify=0.1&timeout_ms=45"
+    answers = (http.post(address, content=picture()) for _ in range(20))
+    found = next(answer for answer in answers if answer.status_code == 200)  # a busy machine may be late with it
+    certified = found.json()["certified"]
+    assert certified["stopped"] == "deadline"
+    assert certified["abstained"]
+    assert (certified["label"], certified["radius"], certified["samples"]) == (None, 0, 0)
+    assert not certified["holds"]
 
 
 def test_a_proof_and_a_hint_where_the_bundle_has_what_they_need(tmp_path: Path) -> None:
@@ -266,6 +268,11 @@ def test_a_bomb_is_refused(http: httpx.Client) -> None:
     answer = http.post("/v1/models/pets/classify", content=stream.getvalue())
     assert answer.status_code == 400
     assert time.monotonic() - began < 5
+    stream = io.BytesIO()
+    Image.new("L", (6000, 5000)).save(stream, "PNG")
+    answer = http.post("/v1/models/pets/classify", content=stream.getvalue())
+    assert answer.status_code == 400
+    assert "25000000" in answer.json()["error"], "a picture of 30 million pixels is not decoded"
     squeezed = zlib.compress(bytes(64 << 20), 9)
     answer = http.post("/v2/models/pets/infer", content=squeezed, headers={"content-encoding": "deflate"})
     assert answer.status_code == 413
@@ -324,7 +331,7 @@ def test_the_interface_is_described(http: httpx.Client) -> None:
         assert outside not in page.text.replace("http://127.0.0.1:8000", "")
 
 
-def test_what_is_counted(http: httpx.Client) -> None:
+def test_what_is_counted(http: httpx.Client, live: LiveServer) -> None:
     def counted() -> dict[str, float]:
         lines = [line for line in http.get("/metrics").text.splitlines() if not line.startswith("#")]
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
@@ -340,6 +347,9 @@ def test_what_is_counted(http: httpx.Client) -> None:
     assert after['fdml_batch_images_sum{model="plain"}'] == before.get('fdml_batch_images_sum{model="plain"}', 0) + 1
     certificates = [value for name, value in after.items() if name.startswith("fdml_certificates_total")]
     assert sum(certificates) >= 1
+    raw_answer(live, b"nonsense\r\n\r\n")
+    key = 'fdml_requests_total{model="",route="refused",status="400"}'
+    assert counted()[key] == after.get(key, 0) + 1
     assert after["process_resident_memory_bytes"] > 1e6
 
 

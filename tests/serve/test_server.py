@@ -1,5 +1,6 @@
 """The server's life: start, slow clients, overload, reload, and an end that loses nothing."""
 
+import contextlib
 import gzip
 import json
 import shutil
@@ -95,6 +96,19 @@ def test_a_bundle_written_anew_is_served_once_it_passes(tmp_path: Path) -> None:
         assert 'fdml_reloads_total{model="pets",outcome="done"} 1.0' in client.get("/metrics").text
 
 
+def cut_off(raw: socket.socket) -> bool:
+    raw.setblocking(False)
+    try:
+        for _ in range(3):
+            raw.send(b"GET /")
+            time.sleep(0.1)
+    except BlockingIOError:  # open, and full
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def test_slow_clients_are_ended(bundle: Path, tmp_path: Path) -> None:
     config = tmp_path / "serve.toml"
     config.write_text(
@@ -105,6 +119,7 @@ def test_slow_clients_are_ended(bundle: Path, tmp_path: Path) -> None:
         head_seconds = 0.5
         body_seconds = 0.5
         idle_seconds = 1.0
+        write_seconds = 1.0
         connections = 4
         """
     )
@@ -128,6 +143,13 @@ def test_slow_clients_are_ended(bundle: Path, tmp_path: Path) -> None:
             assert seen.count(b"HTTP/1.1 200 ") == seen.count(b"HTTP/1.1 408 ") == 1, (
                 "a second one that stays half sent"
             )
+        with socket.create_connection(("127.0.0.1", server.port)) as raw:
+            raw.settimeout(1)
+            with contextlib.suppress(TimeoutError):
+                for _ in range(200):
+                    raw.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: a\r\n\r\n" * 500)
+            time.sleep(3)  # beyond write_seconds and the second between two looks
+            assert cut_off(raw), "who does not read"
         time.sleep(1.5)
         crowd = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(5)]
         try:
