@@ -279,7 +279,7 @@ def test_names_are_printed_as_they_are(tmp_path: Path, student: Path) -> None:
     assert "[bold]a.png" in joined(shown)
     shown = succeeds("info", tmp_path / "model[b].safetensors")
     assert "[red]9[/red]" in shown
-    assert "model[b]" in joined(shown)  # the path of a test may be longer than a line
+    assert "model[b]" in shown.replace("\n", "")  # the path of a test may be longer than a line
 
 
 def test_mistakes_in_predicting(student: Path, tmp_path: Path) -> None:
