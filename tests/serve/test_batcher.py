@@ -154,6 +154,25 @@ def test_what_could_not_be_served_in_time_is_refused_at_once() -> None:
     run(test)
 
 
+def test_a_batch_that_was_held_up_does_not_close_the_queue() -> None:
+    async def test(batcher: Batcher, network: Network) -> None:
+        network.gate.clear()
+        held = Asked()
+        batcher.submit(held)
+        await asyncio.sleep(0.3)
+        network.gate.set()
+        await finished([held])
+        assert batcher.pace > 0.2
+        for _ in range(6):
+            jobs = [Asked() for _ in range(4)]
+            for job in jobs:
+                batcher.submit(job)
+            await finished(jobs)
+        assert batcher.pace < 0.1
+
+    run(test)
+
+
 def test_a_deadline_that_passes_is_told_while_the_network_is_busy() -> None:
     async def test(batcher: Batcher, network: Network) -> None:
         network.gate.clear()
