@@ -24,6 +24,8 @@ JSON = b"application/json"
 
 _LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_FRAME = 16
+"""Bytes in which a byte of a body may come: a chunk of one byte takes six."""
 _LINGER = 1.0
 """Seconds for which what a refused client still sends is read away: closing at once would take the answer from it."""
 
@@ -217,9 +219,9 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError:
             self._refuse(400, "this is no HTTP/1.1 request")
         else:
-            # Beside the head: what comes after it and is no body, such as trailers.
+            # After the head too, what is no body and not the frame of its chunks: extensions, trailers.
             if self._whole_head:
-                self._head = 0 if self._held != held else self._head + len(data)
+                self._head += max(0, len(data) - _FRAME * (self._held - held))
             if self._head > self._hub.limits.head:
                 self._refuse(431, f"the head of the request is larger than {self._hub.limits.head} bytes")
 
@@ -232,9 +234,11 @@ class Connection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        limits = self._hub.limits
         self._count += 1
-        if self._count > self._hub.limits.headers:
-            raise Problem(431, f"the request has more than {self._hub.limits.headers} headers")
+        self._named += len(name) + len(value)
+        if self._count > limits.headers or self._named > limits.head:
+            raise Problem(431, f"the request has more than {limits.headers} headers, or {limits.head} bytes of them")
         if not self._whole_head:  # a trailer says nothing that is acted on
             self._headers[name.lower()] = value
 
@@ -320,7 +324,7 @@ class Connection(asyncio.Protocol):
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
         self._pieces: list[bytes] = []
-        self._count = self._head = self._held = 0
+        self._count = self._named = self._head = self._held = 0
         self._whole_head = self._began = False
 
     def _next(self) -> None:

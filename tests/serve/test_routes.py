@@ -414,7 +414,8 @@ def test_a_client_that_does_not_read_costs_no_memory(live: LiveServer, http: htt
 @pytest.mark.parametrize("trailer", [b"x: " + b"v" * 65_536, b"".join(b"x%d: y\r\n" % n for n in range(9000))])
 def test_trailers_are_bounded_and_say_nothing(live: LiveServer, http: httpx.Client, trailer: bytes) -> None:
     head = b"POST /v2/models/pets/infer HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
-    assert raw_answer(live, head, trailer).startswith(b"HTTP/1.1 431 ")
+    for pieces in ((head, trailer), (head + trailer,)):
+        assert raw_answer(live, *pieces, pause=0.05).startswith(b"HTTP/1.1 431 ")
     seen = raw_answer(live, head.replace(b"host", b"connection: close\r\nhost"), b"x-request-id: trailing\r\n\r\n")
     assert seen.startswith(b"HTTP/1.1 400 ")
     assert b"trailing" not in seen
@@ -444,6 +445,7 @@ def raw_answer(live: LiveServer, *pieces: bytes, pause: float = 0.0) -> bytes:
         (b"nonsense\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 70_000, 431),
         (b"GET / HTTP/1.1\r\n" + b"".join(b"h%d: x\r\n" % n for n in range(200)) + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 20_000 + b"\r\n\r\n", 431),
         (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 431),
         (b"POST /v2/models/pets/infer HTTP/1.1\r\ncontent-length: 99999999999\r\n\r\n", 413),
         (b"POST /v2 HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 400),
@@ -466,6 +468,9 @@ def test_a_body_in_chunks_and_in_pieces(live: LiveServer) -> None:
     head = b"POST /v1/models/pets/classify HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
     seen = raw_answer(live, head, b"transfer-encoding: chunked\r\n\r\n", chunks[:30], chunks[30:], pause=0.02)
     assert seen.startswith(b"HTTP/1.1 200 ")
+    tiny = b"".join(b"1\r\n%c\r\n" % byte for byte in content) + b"0\r\n\r\n"
+    seen = raw_answer(live, head, b"transfer-encoding: chunked\r\n\r\n", tiny)
+    assert seen.startswith(b"HTTP/1.1 200 "), "a byte a chunk is no attack"
     expecting = head + b"content-length: %d\r\nexpect: 100-continue\r\n\r\n" % len(content)
     seen = raw_answer(live, expecting, content, pause=0.1)
     assert seen.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 ")
