@@ -11,7 +11,8 @@ clients and the plain loop share the processors, over the loopback; what is comp
 throughput   64 connections that ask for the logits of one image, or of 8, in bytes; beside a loop of
              `InferenceSession.run` on batches as large as the server's were on average.
 peers        the same load on FastAPI and LitServe.
-half         the 99th percentile at half of the requests that saturate the server, which come at random times.
+half         the 99th percentile at half of the requests that saturate the server, which come evenly and at random; beside
+             it a perfect server's that runs image after image: what random arrivals cost whoever serves them.
 overload     256 connections that ask for 8 images each without pause: twice the queue.
 start        seconds from the spawn to the first 200 of /v2/health/ready; also after SIGKILL.
 sigterm      requests that are lost when the server is told to end under load.
@@ -159,15 +160,20 @@ def peer(bench: Bench, name: str, python: str) -> Iterator[str]:
 def half(bench: Bench) -> list[dict[str, Any]]:
     seconds, rounds = bench.options.seconds, []
     with served(bench) as server:
-        for _ in range(bench.options.rounds):
+        for turn in range(2 * bench.options.rounds):
+            random = turn % 2 == 1
             most = infers(bench, server, 1, seconds=seconds).rate
             before = server.counts()
-            load = infers(bench, server, 1, seconds=seconds, connections=2 * CONNECTIONS, rate=most / 2)
+            load = infers(
+                bench, server, 1, seconds=seconds, connections=2 * CONNECTIONS, rate=most / 2, random=random
+            )
             after = server.counts()
             size = between(before, after, "batch_images")
             alone = statistics.median(bench.bare(math.ceil(size), min(seconds, 2)))
+            single = statistics.median(bench.bare(1, min(seconds, 2)))
             rounds.append(
                 {
+                    "arrivals": "random" if random else "even",
                     "saturation": most,
                     "requests/s": load.rate,
                     "batch": size,
@@ -177,10 +183,21 @@ def half(bench: Bench) -> list[dict[str, Any]]:
                     "p50 ms": 1000 * load.p50,
                     "p99 ms": 1000 * load.p99,
                     "bar ms": 1000 * (DELAY + 2 * alone),
+                    "queue ms": 1000 * queued(load.rate, single, random),
                     "holds": load.p99 <= DELAY + 2 * alone,
                 }
             )
-    return rounds
+    return sorted(rounds, key=lambda each: each["arrivals"])
+
+
+def queued(rate: float, seconds: float, random: bool) -> float:
+    """The 99th percentile, in seconds, with a perfect server that runs one image after the other (Lindley, 1952)."""
+    gaps = np.random.default_rng(0).exponential(1 / rate, 100_000) if random else np.full(100_000, 1 / rate)
+    waits, wait = np.empty(len(gaps)), 0.0
+    for place, gap in enumerate(gaps):
+        wait = max(0.0, wait + seconds - gap)
+        waits[place] = wait
+    return float(np.percentile(waits + seconds, 99))
 
 
 def overload(bench: Bench) -> list[dict[str, Any]]:

@@ -35,10 +35,18 @@ function done(summary, latency, requests)
 end
 """
 PAUSE = """
+local ffi = require("ffi")
+ffi.cdef[[typedef struct {long s; long ns;} fdml_time; int clock_gettime(int, fdml_time*);]]
+local time, at = ffi.new("fdml_time"), 0
 math.randomseed(1)
-function delay() return math.floor(0.5 - math.log(1 - math.random()) * %f) end
+function delay()
+  ffi.C.clock_gettime(1, time)
+  local now = tonumber(time.s) * 1e3 + tonumber(time.ns) / 1e6
+  at = math.max(at + %(gap)f * (%(random)s and -math.log(1 - math.random()) or 1), now)
+  return math.floor(at - now + 0.5)
+end
 """
-"""A connection's pause in milliseconds before its next request: times between requests are nearly exponential."""
+"""A connection's pause before its next request, which takes the next free moment of one timetable for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +99,19 @@ class Bench:
         return taken
 
     def wrk(
-        self, url: str, body: bytes, headers: dict[str, str], seconds: float, connections: int, *, rate: float = 0
+        self,
+        url: str,
+        body: bytes,
+        headers: dict[str, str],
+        seconds: float,
+        connections: int,
+        *,
+        rate: float = 0,
+        random: bool = False,
     ) -> "subprocess.Popen[str]":
-        """Starts wrk. With ``rate`` it sends about so many requests a second, otherwise as many as it can."""
+        """Starts wrk. With ``rate`` it sends so many requests a second, evenly or at random, otherwise all it can."""
         (self.scratch / "body").write_bytes(body)
-        pause = PAUSE % (1000 * connections / rate) if rate else ""
+        pause = PAUSE % {"gap": 1000 / rate, "random": str(random).lower()} if rate else ""
         lines = ", ".join(f'["{name}"] = "{value}"' for name, value in headers.items())
         script = self.scratch / "load.lua"
         script.write_text(LUA % {"body": json.dumps(str(self.scratch / "body")), "headers": lines, "delay": pause})
@@ -173,9 +189,16 @@ def request(bench: Bench, count: int) -> tuple[bytes, dict[str, str]]:
 
 
 def infers(
-    bench: Bench, server: Server, count: int, *, seconds: float, connections: int = CONNECTIONS, rate: float = 0
+    bench: Bench,
+    server: Server,
+    count: int,
+    *,
+    seconds: float,
+    connections: int = CONNECTIONS,
+    rate: float = 0,
+    random: bool = False,
 ) -> Load:
-    return loaded(bench.wrk(server.url, *request(bench, count), seconds, connections, rate=rate))
+    return loaded(bench.wrk(server.url, *request(bench, count), seconds, connections, rate=rate, random=random))
 
 
 def between(before: dict[str, float], after: dict[str, float], name: str) -> float:

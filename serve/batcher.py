@@ -26,6 +26,8 @@ Run = Callable[[np.ndarray], np.ndarray]
 _ONE = np.float32(1).view(np.uint32)
 _SHARE = 4
 """Where both wait, one batch in so many is of random copies."""
+_HELD = 0.7
+"""The part of a job's time in which it must be expected to be answered: a shorter queue answers as many, and sooner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,7 @@ class Batcher:
     def submit(self, job: Job) -> None:
         """Takes a job of at most ``largest`` images, to be finished or failed later.
 
-        Raises ``Full`` where as many images wait as may, or more than can be run before the job's deadline.
+        Raises ``Full`` where as many images wait as may, or more than will surely be run before the job's deadline.
         """
         if self._closed:
             job.fail(503, "the model is being unloaded")
@@ -136,7 +138,7 @@ class Batcher:
             self._copies.append(job)
         else:
             ahead = (self.waiting + self._running + count) * self.pace / self._instances
-            if self.waiting + count > self._how.queue or now + ahead > job.deadline:
+            if self.waiting + count > self._how.queue or ahead > _HELD * (job.deadline - now):
                 raise Full(min(max(ahead, 0.1), 60.0))
             self._jobs.append(job)
             self.waiting += count
