@@ -11,8 +11,8 @@ clients and the plain loop share the processors, over the loopback; what is comp
 throughput   64 connections that ask for the logits of one image, or of 8, in bytes; beside a loop of
              `InferenceSession.run` on batches as large as the server's were on average.
 peers        the same load on FastAPI and LitServe.
-half         the 99th percentile at half of the requests that saturate the server, which come evenly and at random; beside
-             it a perfect server's that runs image after image: what random arrivals cost whoever serves them.
+half         the 99th percentile at half of the requests that saturate the server, which come evenly and
+             at random; beside it a perfect server's that runs image after image.
 overload     256 connections that ask for 8 images each without pause: twice the queue.
 start        seconds from the spawn to the first 200 of /v2/health/ready; also after SIGKILL.
 sigterm      requests that are lost when the server is told to end under load.
