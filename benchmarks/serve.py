@@ -164,9 +164,7 @@ def half(bench: Bench) -> list[dict[str, Any]]:
             random = turn % 2 == 1
             most = infers(bench, server, 1, seconds=seconds).rate
             before = server.counts()
-            load = infers(
-                bench, server, 1, seconds=seconds, connections=2 * CONNECTIONS, rate=most / 2, random=random
-            )
+            load = infers(bench, server, 1, seconds=seconds, connections=2 * CONNECTIONS, rate=most / 2, random=random)
             after = server.counts()
             size = between(before, after, "batch_images")
             alone = statistics.median(bench.bare(math.ceil(size), min(seconds, 2)))
