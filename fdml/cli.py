@@ -40,6 +40,7 @@ _EXTRAS = {
     "scipy": "train",
     "matplotlib": "train",
     "datasets": "hub",
+    "gradio": "demo",
     "httptools": "serve",
     "msgspec": "serve",
     "prometheus_client": "serve",
@@ -190,14 +191,24 @@ def evaluate(
 
 @app.command(
     epilog="Examples:  fdml attack runs/fdml-digits/student.safetensors digit.png  |"
-    "  fdml attack model.safetensors *.png --attack square --eps 8/255 --out crafted"
+    "  fdml attack model.safetensors *.png --attack square --eps 8/255 --out crafted  |"
+    "  fdml attack model.safetensors 4.png --attack pgd20 --steps 50 --label 4 --target 9"
 )
 def attack(
     model: Annotated[Path, typer.Argument(help="A .safetensors file of `fdml train`.")],
     images: Annotated[list[Path], typer.Argument(help="PNG, JPEG, WebP or BMP files.")],
     name: Annotated[str, typer.Option("--attack", help="A name from `fdml attacks`.")] = "apgd-ce",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps, draws or queries of the attack. (default: the attack's own)")
+    ] = None,
     label: Annotated[
         str | None, typer.Option(help="The true class of the images. (default: the model's answer)")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The class to be answered. (default: any but the true one)")
+    ] = None,
+    guides: Annotated[
+        Path | None, typer.Option(help="An .npz file of images x and labels y, for the attacks on features.")
     ] = None,
     norm: Annotated[str | None, typer.Option(help="linf, l2 or l1. (default: the model's threat)")] = None,
     eps: Annotated[
@@ -211,13 +222,25 @@ def attack(
     """Make adversarial images of pictures."""
     from dataclasses import asdict
 
-    from fdml.evaluate.target import target
+    from fdml.evaluate.target import target as threat_of
 
-    threat, _ = target(model, norm, eps, None)
+    threat, _ = threat_of(model, norm, eps, None)
 
     from fdml.craft import craft
 
-    found = craft(model, images, threat, out, attack=name, label=label, seed=seed, device=device)
+    found = craft(
+        model,
+        images,
+        threat,
+        out,
+        attack=name,
+        steps=steps,
+        label=label,
+        target=target,
+        guides=guides,
+        seed=seed,
+        device=device,
+    )
     if as_json:
         print(json.dumps([asdict(one) for one in found]))
         return
@@ -511,6 +534,40 @@ def serve(
         print(json.dumps({"address": address}) if as_json else text, flush=True)
 
     run(found, started=started)
+
+
+@app.command(
+    epilog="Examples:  fdml demo  |  fdml demo runs/fdml-digits --report runs/evaluate-fdml-digits  |"
+    "  fdml demo clean.safetensors defended.safetensors --data cifar10 --data-dir ~/data"
+)
+def demo(
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Run folders, or one or two model files, the clean one first. (default: two small pairs)"),
+    ] = None,
+    report: Annotated[
+        list[Path] | None, typer.Option(help="A folder of `fdml evaluate`, for the leaderboard; repeat it.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Take pictures from this data set. (default: the model's)")] = None,
+    data_dir: DataDir = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 7860,
+    browser: Annotated[bool, typer.Option("--browser", help="Open it in a browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Open a page to attack models by hand, and to compare and certify them."""
+    from fdml.demo import exhibit
+
+    if not models and (report or data):
+        raise InputError("--report and --data go with models: name a run folder or a model file first")
+    shown = exhibit.opened(models, report or (), data=data, data_dir=data_dir) if models else exhibit.shipped()
+
+    from fdml.demo.app import launch, wait
+
+    address = launch(shown, host=host, port=port, open_browser=browser)
+    text = f"fdml demo: {address} (Ctrl-C ends it)"
+    print(json.dumps({"address": address}) if as_json else text, flush=True)
+    wait()
 
 
 @app.command(epilog="Examples:  fdml predict runs/fdml-digits digit.png --top 3  |  fdml predict bundle *.png")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,6 +18,7 @@ from fdml.files import write_whole
 from fdml.inference import inference
 from fdml.losses import Labels
 from fdml.models import RobustModel
+from fdml.showing import magnification, percent, shorten
 from fdml.threat import Images, Threat
 
 # In pixels: the row names, from one column to the next, and the side of an image.
@@ -130,7 +130,7 @@ def gallery_figure(found: Shown, classes: Sequence[str], threat: Threat) -> Figu
     page = _LEFT + max(count, 5) * _PITCH
     name = _Names(classes, _PITCH - 6)
     changes = {model: attacked.x - found.x for model, attacked in found.attacked.items()}
-    scale = magnification(list(changes.values()), threat)
+    scale = magnification([change.numpy() for change in changes.values()], threat)
 
     short = all(len(name(index)) <= 6 for index in _named(found))
     caption = 36 if short else 62
@@ -185,26 +185,6 @@ def gallery_figure(found: Shown, classes: Sequence[str], threat: Threat) -> Figu
         rule = "Chosen: images that every model answers rightly when clean, and the teacher wrongly under attack."
         write(16, y - 4, rule, color=GREY)
     return figure
-
-
-def magnification(changes: Sequence[torch.Tensor], threat: Threat) -> float:
-    """What brings a change of eps (linf), or nearly the largest of the changes, to black or white; to two digits."""
-    if threat.norm == "linf" and threat.eps:
-        return float(f"{0.5 / threat.eps:.2g}")
-    sizes = np.concatenate([change.abs().flatten().numpy() for change in changes])
-    sizes = sizes[sizes > 1e-6]
-    return float(f"{0.5 / np.quantile(sizes, 0.99):.2g}") if len(sizes) else 1.0
-
-
-def percent(share: float) -> str:
-    """A confidence in whole percent; what is not certain is never said to be."""
-    return ">99%" if share > 0.995 else f"{100 * share:.0f}%"
-
-
-def shorten(name: str, length: int = 20) -> str:
-    """The name on one line, and with an ellipsis where it is longer than ``length`` characters."""
-    name = " ".join(name.split())
-    return name if len(name) <= length else name[: length - 1].rstrip(" ,;") + "…"
 
 
 def _named(found: Shown) -> set[int]:

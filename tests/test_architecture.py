@@ -19,7 +19,8 @@ LAYERS = [
     {"models", "attacks", "data"},
     {"checkpoint", "run", "runtime"},
     {"guidance", "interval", "objective", "adversary", "learner", "train", "progress"}
-    | {"evaluate", "certify", "report", "drawing", "curves", "gallery", "tables", "surrogates", "judge", "craft"},
+    | {"evaluate", "certify", "report", "showing", "drawing", "curves", "gallery", "tables"}
+    | {"surrogates", "judge", "craft"},
     {"export", "serve", "demo"},
     {"cli"},
     {"__main__"},

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
-from fdml import curves, drawing, gallery
+from fdml import curves, drawing, gallery, showing
 from fdml.models import RobustModel, wrap
 from fdml.threat import Threat
 
@@ -246,13 +246,13 @@ def test_rounds_take_the_best_of_each_class_first() -> None:
 
 
 def test_words() -> None:
-    assert [gallery.percent(share) for share in (0.0, 0.204, 0.97, 0.996, 1.0)] == ["0%", "20%", "97%", ">99%", ">99%"]
-    assert gallery.shorten("twenty letters exact") == "twenty letters exact"
-    assert gallery.shorten("great white shark, man-eater") == "great white shark…"
-    assert gallery.shorten(" two\n lines ") == "two lines"
-    assert gallery.magnification([], Threat("linf", 0.2)) == 2.5
-    assert gallery.magnification([torch.full((1, 1, 8, 8), -0.01)], Threat("l2", 0.5)) == 50
-    assert gallery.magnification([torch.zeros(1, 1, 8, 8)], Threat("l2", 0.5)) == 1
+    assert [showing.percent(share) for share in (0.0, 0.204, 0.97, 0.996, 1.0)] == ["0%", "20%", "97%", ">99%", ">99%"]
+    assert showing.shorten("twenty letters exact") == "twenty letters exact"
+    assert showing.shorten("great white shark, man-eater") == "great white shark…"
+    assert showing.shorten(" two\n lines ") == "two lines"
+    assert showing.magnification([], Threat("linf", 0.2)) == 2.5
+    assert showing.magnification([np.full((1, 1, 8, 8), -0.01)], Threat("l2", 0.5)) == 50
+    assert showing.magnification([np.zeros((1, 1, 8, 8))], Threat("l2", 0.5)) == 1
 
 
 def test_a_picture_that_cannot_get_small_is_still_a_picture() -> None:

@@ -56,6 +56,8 @@ CLOSING: dict[str, Attack] = {
 ATTACKS: dict[str, Callable[..., Images]] = {
     **CLOSING,
     "r-fgsm": partial(fgsm, random_start=True),
+    # Goes on once an image is fooled, for the largest margin.
+    "pgd-best": partial(pgd, steps=20, keep="best"),
     "pgd100x5": partial(pgd, steps=100, restarts=5),
     "cw": partial(pgd, steps=50, objective="margin"),
     "cw-l2": within(cw),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fdml import showing
 from fdml.certify.certificate import Certificate, unpack
 from fdml.data.dataset import DataSet
 from fdml.evaluate import pictures
@@ -71,13 +72,13 @@ def gallery(certificates: Sequence[Certificate], data: DataSet) -> list[dict[str
 def _card(c: Certificate, data: DataSet) -> dict[str, Any]:
     _, x, _ = next(iter(data.test.batches([torch.tensor([c.index])])))
     clean = x[0].cpu().numpy()
-    found = [{"uri": pictures.pixels(clean, 200), "alt": f"test image {c.index}"}]
+    found = [{"uri": showing.pixels(clean, 200), "alt": f"test image {c.index}"}]
     if c.counterexample is not None:
         x_adv = unpack(c.counterexample, clean.size).reshape(clean.shape)
-        found.append({"uri": pictures.pixels(x_adv, 200), "alt": "the counter-example"})
+        found.append({"uri": showing.pixels(x_adv, 200), "alt": "the counter-example"})
     elif c.sigma:
         noise = np.random.default_rng(c.index).normal(scale=c.sigma, size=clean.shape)
-        found.append({"uri": pictures.pixels(clean + noise, 200), "alt": f"under noise of sigma {c.sigma:g}"})
+        found.append({"uri": showing.pixels(clean + noise, 200), "alt": f"under noise of sigma {c.sigma:g}"})
     reach = f"{c.status} up to {c.radius:.4g}" if c.status == "certified" else c.status
     if c.hits is not None and c.n:
         reach += f", {100 * c.hits / c.n:.1f}% of {c.n:,} samples"

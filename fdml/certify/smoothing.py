@@ -63,7 +63,7 @@ class Smoother:
     def cohen(self, image: Tensor, number: int, *, selection: int = SELECTION, samples: int = SAMPLES) -> Smoothed:
         """CERTIFY of Cohen et al. 2019, as published: ``selection`` samples choose the class, ``samples`` fresh ones
         count it, and Clopper and Pearson bound its probability."""
-        candidate = self._candidate(image, number, selection)
+        candidate = self.candidate(image, number, selection)
         hits = int(self.counts(image, number, samples)[candidate])
         radius = radius_of(float(clopper_pearson(hits, samples, self.alpha)), self.noise.sigma)
         return Smoothed(candidate if radius > 0 else ABSTAIN, radius, hits, samples, candidate, selection)
@@ -82,17 +82,18 @@ class Smoother:
         ``fdml.sequence.decide`` tells after every ``LOOK`` samples which of the ``radii`` are certified, and which have
         become hopeless.
         """
-        candidate = self._candidate(image, number, selection)
-        looks = ((int((part == candidate).sum()), len(part)) for part in self._looks(image, number, samples))
-        sigma = self.noise.sigma
+        candidate = self.candidate(image, number, selection)
+        looks, sigma = self.looks(image, number, candidate, samples), self.noise.sigma
         radius, hits, count = decide(looks, radii, sigma=sigma, alpha=self.alpha, samples=samples)
         return Smoothed(candidate if radius > 0 else ABSTAIN, radius, hits, count, candidate, selection)
 
-    def _looks(self, image: Tensor, number: int, samples: int) -> Iterator[Tensor]:
-        """The answers to ``samples`` copies, ``LOOK`` at a time: when to stop must not depend on ``batch``."""
+    def looks(self, image: Tensor, number: int, candidate: int, samples: int) -> Iterator[tuple[int, int]]:
+        """How many of each ``LOOK`` copies were answered ``candidate``, ``samples`` copies together: (hits, copies).
+        When to stop must not depend on ``batch``."""
         step = max(LOOK, self.batch // LOOK * LOOK)
         for first in range(0, samples, step):
-            yield from self._answers(image, number, first, min(step, samples - first), "count").split(LOOK)
+            for part in self._answers(image, number, first, min(step, samples - first), "count").split(LOOK):
+                yield int((part == candidate).sum()), len(part)
 
     def predict(self, image: Tensor, number: int, samples: int = 1000) -> int:
         """PREDICT of Cohen et al. 2019: the class answered most often, wrong about the smoothed classifier with a
@@ -103,7 +104,8 @@ class Smoother:
             return ABSTAIN
         return int(counts.argmax())
 
-    def _candidate(self, image: Tensor, number: int, selection: int) -> int:
+    def candidate(self, image: Tensor, number: int, selection: int) -> int:
+        """The class that most of ``selection`` copies are answered; others than those that count it."""
         return int(self.counts(image, number, selection, "select").argmax())
 
     def counts(self, image: Tensor, number: int, samples: int, part: str = "count") -> Tensor:

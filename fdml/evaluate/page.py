@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fdml.card import threat_words
 from fdml.evaluate import pictures
@@ -17,7 +16,7 @@ from fdml.evaluate.pictures import DARK, LIGHT, Line
 from fdml.evaluate.suites import OUTSIDE
 from fdml.evaluate.table import NO_GRADIENTS, sections
 from fdml.files import write_whole
-from fdml.gallery import magnification
+from fdml.showing import change, magnification, pixels
 from fdml.threat import Threat
 
 _TABLE_CLASSES = 20
@@ -214,14 +213,14 @@ def _gallery(report: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any]
     channels = 3 if report["data"]["input"][0] == 3 else 1
     side = max(16, int((_PIXELS / (3 * channels * count)) ** 0.5))
     changes = [found["x_adv"][:_SHOWN] - found["x"][:_SHOWN] for _, found in shown]
-    scale = magnification([torch.from_numpy(np.asarray(each)) for each in changes], threat)
+    scale = magnification([np.asarray(each) for each in changes], threat)
     parts = []
     for (name, found), delta in zip(shown, changes, strict=True):
         cards = [
             {
-                "clean": pictures.pixels(found["x"][k], side),
-                "attacked": pictures.pixels(found["x_adv"][k], side),
-                "change": pictures.change(delta[k], scale, side),
+                "clean": pixels(found["x"][k], side),
+                "attacked": pixels(found["x_adv"][k], side),
+                "change": change(delta[k], scale, side),
                 "label": named(int(found["y"][k])),
                 "answer": named(int(found["answers"][k])),
                 "right": int(found["y"][k]) == int(found["answers"][k]),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from fdml.gallery import shorten
+from fdml.showing import shorten
 
 
 def pages(package: str = "fdml.evaluate") -> Environment:

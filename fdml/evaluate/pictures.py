@@ -1,7 +1,5 @@
 """The pictures of a report's page, as PNG: its charts for light and for dark screens, and the images of its gallery."""
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image
 
 from fdml.card import threat_words
 from fdml.drawing import BLUE, BROWN, GREEN, GREY, INK, ORANGE, PALE, PURPLE, png, style
+from fdml.showing import data_uri
 
 
 @dataclass(frozen=True)
@@ -130,34 +128,6 @@ def confusion_picture(counts: np.ndarray) -> Picture:
     return _both(draw, size=(4.8, 4.4), percent=False)
 
 
-def pixels(image: np.ndarray, side: int) -> str:
-    """An image (c, h, w) in [0, 1] as a data URI; averaged down where it is larger than ``side``."""
-    drawn = _drawn(image)
-    if max(drawn.size) > side:
-        drawn.thumbnail((side, side), Image.Resampling.BOX)
-    return _uri(drawn)
-
-
-def change(delta: np.ndarray, scale: float, side: int) -> str:
-    """A change (c, h, w) times ``scale`` around grey, as a data URI. Never averaged: it would seem less than it is."""
-    stride = -(-max(delta.shape[1:]) // side)
-    return _uri(_drawn(0.5 + scale * delta[:, ::stride, ::stride]))
-
-
-def _drawn(image: np.ndarray) -> Image.Image:
-    grey = image if image.shape[0] == 3 else image.mean(0, keepdims=True)
-    levels = np.rint(255 * np.clip(grey, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
-    return Image.fromarray(levels if levels.shape[2] == 3 else levels[:, :, 0])
-
-
-def _uri(image: Image.Image | bytes) -> str:
-    if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, format="png", optimize=True)
-        image = buffer.getvalue()
-    return "data:image/png;base64," + base64.b64encode(image).decode()
-
-
 def _both(draw: Callable[[Axes, Theme], None], *, size: tuple[float, float] = _SIZE, percent: bool = True) -> Picture:
     uris = []
     for theme in (LIGHT, DARK):
@@ -174,7 +144,7 @@ def _both(draw: Callable[[Axes, Theme], None], *, size: tuple[float, float] = _S
             if percent:
                 axes.set_ylim(0, 1.03)
                 axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            uris.append(_uri(png(figure, _ATTEMPTS)))
+            uris.append(data_uri(png(figure, _ATTEMPTS)))
     return Picture(*uris)
 
 

@@ -78,6 +78,7 @@ LABELS: dict[str, str] = {
     "fgsm": "FGSM",
     "r-fgsm": "R-FGSM",
     "pgd20": "PGD-20",
+    "pgd-best": "PGD-20, largest margin",
     "pgd100x5": "PGD-100x5",
     "cw": "CW-50",
     "cw-l2": "CW",

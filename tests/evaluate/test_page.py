@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fdml import showing
 from fdml.evaluate import interval, pictures
 from fdml.evaluate.page import page, write_page
 
@@ -383,14 +384,14 @@ def decoded(uri: str) -> Image.Image:
 def test_a_change_is_magnified_and_never_averaged_away() -> None:
     delta = np.zeros((1, 8, 8))
     delta[0, ::2, ::2], delta[0, 1::2, 1::2] = 0.1, -0.1
-    whole = np.asarray(decoded(pictures.change(delta, 5.0, 8)))
+    whole = np.asarray(decoded(showing.change(delta, 5.0, 8)))
     assert whole[0, 0] == 255
     assert whole[1, 1] == 0
     assert whole[0, 1] == 128
     # Averaged, plus and minus would cancel to grey.
-    assert np.asarray(decoded(pictures.change(delta, 5.0, 4))).tolist() == [[255] * 4] * 4
-    assert decoded(pictures.pixels(np.zeros((3, 40, 20)), 10)).size == (5, 10)
-    assert decoded(pictures.pixels(np.full((3, 4, 4), 0.5), 10)).mode == "RGB"
+    assert np.asarray(decoded(showing.change(delta, 5.0, 4))).tolist() == [[255] * 4] * 4
+    assert decoded(showing.pixels(np.zeros((3, 40, 20)), 10)).size == (5, 10)
+    assert decoded(showing.pixels(np.full((3, 4, 4), 0.5), 10)).mode == "RGB"
 
 
 def example() -> dict[str, Any]:
