@@ -8,7 +8,7 @@ import numpy as np
 
 from fdml import pictures
 from fdml.demo.exhibit import Exhibit
-from fdml.demo.quick import gr
+from fdml.demo.quick import endpoint_of, gr
 from fdml.errors import InputError
 
 if TYPE_CHECKING:
@@ -147,9 +147,10 @@ def add(labs: "Labs") -> None:
         """What evaluations found of the models that are loaded: shares of test images answered rightly."""
         return [row for exhibit in labs.exhibits.values() for row in exhibit.scores]
 
-    for endpoint in (models, classify, attack, certify, accuracy, leaderboard):
-        heavy = endpoint in (attack, certify, accuracy)
-        gr.api(endpoint, api_name=endpoint.__name__, **({"concurrency_id": "compute"} if heavy else {}))
+    for endpoint in (models, classify, leaderboard):
+        endpoint_of(endpoint, api_name=endpoint.__name__)
+    for endpoint in (attack, certify, accuracy):
+        endpoint_of(endpoint, api_name=endpoint.__name__, concurrency_id="compute")
 
 
 class _told:  # noqa: N801 — used as a function

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fdml import pictures
 from fdml.demo import api, choices, page, visit
 from fdml.demo.exhibit import Exhibit
-from fdml.demo.quick import gr
+from fdml.demo.quick import Base, gr
 from fdml.demo.visit import Stops, Visit
 from fdml.errors import InputError
 
@@ -253,17 +253,16 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
             )
             stop = stops.begin(_session(request))
             buttons = gr.Button(interactive=False), gr.Button(interactive=True)
-            moment = None
+            done = gr.Button(interactive=True), gr.Button(interactive=False)
             for moment in lab.attack(asked, stop=stop, paced=True):
                 shown = str(page.verdict(moment, exhibit)), str(page.compared(moment, exhibit))
                 if moment.state == "running":
                     yield now, *shown, "", gr.DownloadButton(visible=False), *buttons
-            assert moment is not None
-            ended = now.attacked(moment)
-            done = gr.Button(interactive=True), gr.Button(interactive=False)
-            yield ended, *shown, "", gr.DownloadButton(visible=False), *done
-            details = page.losses(moment) + page.distances(lab, moment)
-            yield ended, *shown, str(details), gr.DownloadButton(visible=True), *done
+                    continue
+                ended = now.attacked(moment)
+                yield ended, *shown, "", gr.DownloadButton(visible=False), *done
+                details = page.losses(moment) + page.distances(lab, moment)
+                yield ended, *shown, str(details), gr.DownloadButton(visible=True), *done
 
         def kept(now: Visit) -> str:
             from fdml.demo.keep import packed
@@ -359,8 +358,8 @@ def _said(place: Any, outputs: Sequence[Any], again: tuple[Any, Any] | None = No
         found: dict[Any, Any] = {place: str(page.headline(str(error), "error"))}
         if again is not None:
             found |= {again[0]: gr.Button(interactive=True), again[1]: gr.Button(interactive=False)}
-        values = tuple(found.get(each, gr.skip()) for each in outputs)
-        return values if len(values) > 1 else values[0]
+        values = [found.get(each, gr.skip()) for each in outputs]
+        return tuple(values) if len(values) > 1 else values[0]
 
     def wrapped(event: Callable) -> Callable:
         import inspect
@@ -388,19 +387,22 @@ def _said(place: Any, outputs: Sequence[Any], again: tuple[Any, Any] | None = No
     return wrapped
 
 
-def theme() -> gr.themes.Base:
+def theme() -> Base:
     """Our colours and the system's own fonts: nothing is loaded from elsewhere."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
-    return gr.themes.Base(
-        primary_hue=gr.themes.colors.blue, neutral_hue=gr.themes.colors.gray, font=fonts, font_mono=mono
-    ).set(
+    return Base(primary_hue="blue", neutral_hue="gray", font=fonts, font_mono=mono).set(
         button_primary_background_fill="#00639c",
         button_primary_background_fill_dark="#00639c",
         button_primary_background_fill_hover="#004f7d",
         button_primary_background_fill_hover_dark="#0077bb",
         button_primary_text_color="#ffffff",
         button_primary_text_color_dark="#ffffff",
+        color_accent="#00639c",
+        slider_color="#00639c",
+        slider_color_dark="#74c3f7",
+        checkbox_background_color_selected="#00639c",
+        checkbox_background_color_selected_dark="#00639c",
         body_text_color_subdued="#565d6b",
         body_text_color_subdued_dark="#b1b8c6",
         block_label_text_color="#1b1f27",

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -279,11 +279,7 @@ class Lab:
             guides, guide_y = self.samples
             if not len(guides):
                 raise InputError("the feature attack needs pictures of other classes, and this exhibit has none")
-            given = chosen
-
-            def chosen(model, x, y, threat, *, generator=None):
-                return given(model, x, y, threat, guides=guides, guide_y=guide_y, generator=generator)
-
+            chosen = partial(chosen, guides=guides, guide_y=guide_y)
         pause = min(0.06, VISIBLE / (steps or USUAL_STEPS.get(asked.method, 1))) if paced else 0.0
         y = torch.tensor([label])
         stream = streams(asked.seed, asked.method)

@@ -110,7 +110,7 @@ def _side(faced: "Faced", exhibit: Exhibit, threat: "Threat | None", state: str)
     }
 
 
-def _bars(faced: "Faced", classes: Sequence[str]) -> list[dict[str, object]]:
+def _bars(faced: "Faced", classes: tuple[str, ...]) -> list[dict[str, object]]:
     before, after = faced.clean.probabilities.numpy(), faced.attacked.probabilities.numpy()
     count = min(BARS, len(classes))
     order = [faced.label, *np.argsort(-np.maximum(before, after), kind="stable").tolist()]

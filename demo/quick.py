@@ -1,8 +1,7 @@
 """gradio, imported in half of its time, with its reports home turned off.
 
-At every import gradio writes a stub file for editors beside each of its components, which takes two of four seconds and
-fails silently where its folder is read-only. It skips that for a class that lies in no file: for the time of the import,
-that is what its own classes say.
+At every import gradio writes a stub file for editors beside each of its components, which takes two of four seconds. It
+skips that for a class that lies in no file: for the time of the import, that is what its own classes say.
 """
 
 import inspect
@@ -34,5 +33,7 @@ def _without_stubs() -> Iterator[None]:
 
 with _without_stubs():
     import gradio as gr
+    from gradio.events import api as endpoint_of
+    from gradio.themes import Base
 
-__all__ = ["gr"]
+__all__ = ["Base", "endpoint_of", "gr"]

@@ -5,6 +5,7 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
