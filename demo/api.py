@@ -91,7 +91,7 @@ def add(labs: "Labs") -> None:
                 picture(image, lab.exhibit),
                 method=attack,
                 norm=norm or lab.exhibit.norm,
-                eps=eps if eps >= 0 else lab.usual_eps(norm or lab.exhibit.norm),
+                eps=lab.usual_eps(norm or lab.exhibit.norm) if eps == -1 else eps,
                 steps=steps or None,
                 target=target or None,
                 label=label or None,

@@ -238,6 +238,8 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
             now: Visit, method: str, norm: str, eps: float, steps: float, whom: str, target: str, label: str,
             seed: float, request: gr.Request,
         ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+            from fdml.demo.keep import packed
+
             lab = labs[now.exhibit]
             exhibit = lab.exhibit
             asked = lab.asked(
@@ -257,22 +259,14 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
             for moment in lab.attack(asked, stop=stop, paced=True):
                 shown = str(page.verdict(moment, exhibit)), str(page.compared(moment, exhibit))
                 if moment.state == "running":
-                    yield now, *shown, "", gr.DownloadButton(visible=False), *buttons
+                    yield *shown, "", gr.DownloadButton(visible=False), *buttons
                     continue
-                ended = now.attacked(moment)
-                yield ended, *shown, "", gr.DownloadButton(visible=False), *done
+                yield *shown, "", gr.DownloadButton(visible=False), *done
                 details = page.losses(moment) + page.distances(lab, moment)
-                yield ended, *shown, str(details), gr.DownloadButton(visible=True), *done
-
-        def kept(now: Visit) -> str:
-            from fdml.demo.keep import packed
-
-            if now.moment is None:
-                raise InputError("attack a picture first: then there is an example to keep")
-            folder = Path(tempfile.mkdtemp(prefix="fdml-"))
-            path = folder / "fdml-example.zip"
-            path.write_bytes(packed(labs[now.exhibit], now.moment))
-            return str(path)
+                with tempfile.TemporaryDirectory(prefix="fdml-") as folder:  # gradio copies what it is given
+                    path = Path(folder) / "fdml-example.zip"
+                    path.write_bytes(packed(lab, moment))
+                    yield *shown, str(details), gr.DownloadButton(value=str(path), visible=True), *done
 
         def measured(name: str, norm: str, request: gr.Request) -> Iterator[str]:
             lab = labs[name]
@@ -314,7 +308,7 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
         models.change(switched, models, parts, **quick)
         method.change(usual, method, steps, **quick)
         norm.input(ranged, [models, norm], eps, **quick)
-        attack_parts = [seen, verdict, compare, details, keep, go, halt]
+        attack_parts = [verdict, compare, details, keep, go, halt]
         go.click(
             _said(verdict, attack_parts, again=(go, halt))(attacked),
             [seen, method, norm, eps, steps, whom, target, label, seed],
@@ -322,7 +316,6 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
             **slow,
         )
         halt.click(stopped, None, None, queue=False, **quick)
-        keep.click(kept, seen, keep, **quick)
         measure.click(_said(curves, [curves])(measured), [models, curve_norm], curves, **slow)
         proof_parts = [certificate, prove, halt_proof]
         prove.click(

@@ -116,7 +116,7 @@ def ring(certified: float, broken: float | None, tried: float | None, picture: s
         end=at(end),
         picture=picture,
         words=words,
-        values=(certified, broken),
+        values=(math.floor(1000 * certified) / 1000, broken),  # toward 0, as a proof is
         xs=[(at(x), f"{x:g}") for x in ticks(0.0, end)],
         floor=HEIGHT - _BOTTOM,
     )

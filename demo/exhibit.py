@@ -82,8 +82,10 @@ class Exhibit:
     def sigma(self) -> float:
         """The noise that certificates begin with: that of the training, else as much a pixel as an attack may change
         it (linf), or half of what it may change in all (l2, l1)."""
-        trained = float(self.card.recipe.get("sigma") or 0.0)
-        return trained or (self.eps if self.norm == "linf" else self.eps / 2)
+        trained = self.card.recipe.get("sigma")
+        if isinstance(trained, int | float) and trained > 0:
+            return float(trained)
+        return self.eps if self.norm == "linf" else self.eps / 2
 
     def side(self, key: str) -> Side:
         """The model of that key; raises ``InputError`` where there is none."""
@@ -146,11 +148,14 @@ def opened(
                     f"{path} is no run folder: it holds no student.safetensors; give what fdml train wrote"
                 )
             roles = ("teacher", "student") if run.model("teacher").exists() else ("student",)
-            exhibits.append(_opened(path.name, [run.model(role) for role in roles], found, data, data_dir))
+            exhibits.append(_opened(path.resolve().name, [run.model(role) for role in roles], found, data, data_dir))
     if len(files) > 2:
         raise InputError(f"{len(files)} model files: give one, or two to compare, the clean one first; or run folders")
     if files:
         exhibits.append(_opened(" and ".join(file.stem for file in files), files, found, data, data_dir))
+    names = [exhibit.name for exhibit in exhibits]
+    if len(set(names)) < len(names):
+        raise InputError(f"two run folders are called {max(names, key=names.count)!r}: rename one to tell them apart")
     return exhibits
 
 
@@ -172,7 +177,8 @@ def _opened(
 def _side(key: str, file: Path) -> Side:
     card = read_card(file)
     recipe = str(card.recipe.get("name") or "an unknown recipe")
-    about = "trained on clean images" if key == "clean" else f"trained by {recipe} against {_threat(card)}"
+    clean = key == "clean" and card.threat is None
+    about = "trained on clean images" if clean else f"trained by {recipe} against {_threat(card)}"
     return Side(key, "Clean model" if key == "clean" else "Defended model", about, file, card)
 
 
@@ -183,22 +189,21 @@ def _threat(card: Card) -> str:
 def _pictures(card: Card, data: str | None, data_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
     from fdml import data as sets
 
-    none = np.empty((0, *card.input), np.uint8), np.empty(0, np.int64)
+    name = data or str(card.data["name"])
+    size = card.input[1] if name.startswith(("folder:", "hf:")) else None
     try:
-        test = sets.load(data or str(card.data["name"]), data_dir=data_dir, size=_size(card, data), download=False).test
+        found = sets.load(name, data_dir=data_dir, size=size, download=False)
     except InputError:
         if data is not None:
             raise
-        return none
+        return np.empty((0, *card.input), np.uint8), np.empty(0, np.int64)
+    test = found.test
     if test.shape != card.input:
-        raise InputError(f"pictures of {data} are {test.shape}, the model takes {card.input}")
+        raise InputError(f"pictures of {name} are {test.shape}, the model takes {card.input}")
+    if len(found.classes) != len(card.classes):
+        raise InputError(f"pictures of {name} are of {len(found.classes)} classes, the model knows {len(card.classes)}")
     part = test.take(chosen(test.labels)).head(EACH * len(card.classes))
     return part.images.numpy(), part.labels.numpy()
-
-
-def _size(card: Card, data: str | None) -> int | None:
-    name = data or str(card.data["name"])
-    return card.input[1] if name.startswith(("folder:", "hf:")) else None
 
 
 def chosen(labels: Any) -> Any:
@@ -220,38 +225,44 @@ KEPT = ("pgd100x5", "autoattack", "square")
 
 def _report(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_REPORT:
-            raise InputError(f"{path} is larger than {MAX_REPORT >> 20} MiB, which no report is")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        found = None if size > MAX_REPORT else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not JSON"
         raise InputError(f"{path} cannot be read ({reason}): give a folder that fdml evaluate wrote") from None
-    if not isinstance(found, dict) or found.get("format") != 1 or not isinstance(found.get("models"), list):
-        raise InputError(f"{path} is no report of this version of fdml evaluate")
+    if size > MAX_REPORT:
+        raise InputError(f"{path} is larger than {MAX_REPORT >> 20} MiB, which no report is")
+    models = found.get("models") if isinstance(found, dict) and found.get("format") == 1 else None
+    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+        raise _no_report(path)
     return found
 
 
 def _scores(path: Path, sides: Iterable[Side]) -> list[dict[str, Any]]:
     """The rows of a report that are about these models, known by the digests of their files."""
     report = _report(path)
-    rows = []
-    for side in sides:
-        for model in report["models"]:
-            if model.get("sha256") != side.sha256:
-                continue
-            attacks = {attack["name"]: attack["accuracy"] for attack in model["attacks"] if attack["source"] is None}
-            rows.append(
-                {
-                    "model": side.name,
-                    "recipe": str(side.card.recipe.get("name", "")),
-                    "data": report["data"]["name"],
-                    "n": report["data"]["n"],
-                    "norm": report["threat"]["norm"],
-                    "eps": report["threat"]["eps"],
-                    "clean": model["clean"]["accuracy"],
-                    **{name: attacks.get(name) for name in KEPT},
-                    "worst": model["worst"]["accuracy"],
-                    "flags": [flag["name"] for flag in model["flags"]],
-                }
-            )
-    return rows
+    found = [(side, model) for side in sides for model in report["models"] if model.get("sha256") == side.sha256]
+    try:
+        return [_row(report, model, side) for side, model in found]
+    except (KeyError, TypeError, AttributeError):
+        raise _no_report(path) from None
+
+
+def _row(report: dict[str, Any], model: dict[str, Any], side: Side) -> dict[str, Any]:
+    attacks = {attack["name"]: attack["accuracy"] for attack in model["attacks"] if attack["source"] is None}
+    return {
+        "model": side.name,
+        "recipe": str(side.card.recipe.get("name", "")),
+        "data": report["data"]["name"],
+        "n": report["data"]["n"],
+        "norm": report["threat"]["norm"],
+        "eps": report["threat"]["eps"],
+        "clean": model["clean"]["accuracy"],
+        **{name: attacks.get(name) for name in KEPT},
+        "worst": model["worst"]["accuracy"],
+        "flags": [flag["name"] for flag in model["flags"]],
+    }
+
+
+def _no_report(path: Path) -> InputError:
+    return InputError(f"{path} is no report of this version of fdml evaluate")

@@ -45,7 +45,9 @@ def packed(lab: Lab, moment: Moment) -> bytes:
             if asked.method in FEATURES:
                 words += ["--guides", "guides.npz"]
             words += ["--norm", asked.norm, "--eps", repr(asked.eps), "--seed", str(asked.seed)]
-            words += ["--label", exhibit.classes[faced.label], "--out", f"again-{key}"]
+            if asked.label is not None:
+                words += ["--label", exhibit.classes[faced.label]]
+            words += ["--out", f"again-{key}"]
             runs.append(
                 {
                     "model": {"file": model, "sha256": side.sha256, "name": side.name},

@@ -308,9 +308,9 @@ class Lab:
                 Distances(
                     name,
                     0.0,
-                    float(1 - (near @ clean).max()),
-                    float(1 - clean @ attacked),
-                    float(1 - (near @ attacked).max()),
+                    _apart((near @ clean).max()),
+                    _apart(clean @ attacked),
+                    _apart((near @ attacked).max()),
                     other,
                 )
             )
@@ -322,11 +322,11 @@ class Lab:
         self, norm: str, stop: threading.Event | None = None
     ) -> Iterator[Mapping[str, list[tuple[float, float]]]]:
         """Accuracy over eps on the exhibit's pictures, for one model after the other, by PGD-20 of each against itself;
-        kept for the next visitor. Raises ``InputError`` where there are no pictures."""
+        kept for the next visitor. Raises ``InputError`` for an unknown norm and where there are no pictures."""
         x, y = self.samples
         if not len(x):
             raise InputError("there are no pictures to measure on: name a data set with --data, and its folder")
-        values = around(self.exhibit.eps if norm == self.exhibit.norm else usual_eps(norm, self.exhibit), norm)
+        values = around(self.usual_eps(norm), norm)
         found: dict[str, list[tuple[float, float]]] = {}
         for side in self.exhibit.sides:
             if stop is not None and stop.is_set():
@@ -416,3 +416,8 @@ class Lab:
 def _pooled(tap: Tensor) -> Tensor:
     """Features as the metric loss takes them: (b, c), of length one."""
     return F.normalize(tap.mean((2, 3)) if tap.ndim == 4 else tap, dim=1, eps=1e-6)
+
+
+def _apart(cosine: Tensor) -> float:
+    """1 − cos, without what rounding leaves between equal features."""
+    return max(0.0, round(1.0 - float(cosine), 6))

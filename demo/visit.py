@@ -2,15 +2,10 @@
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
+from dataclasses import dataclass
 import numpy as np
 
 from fdml.demo.exhibit import Exhibit
-
-if TYPE_CHECKING:
-    from fdml.demo.lab import Moment
 
 VISITORS = 1000
 """Visitors whose stop signals are kept; the one who was idle longest is forgotten first."""
@@ -18,18 +13,13 @@ VISITORS = 1000
 
 @dataclass(frozen=True, eq=False)
 class Visit:
-    """What a visitor looks at: ``image`` (c, h, w) uint8 of an exhibit, its class if that is known, where it came from
-    (``place`` among the exhibit's pictures, or None), and the attack that ended last."""
+    """What a visitor looks at: ``image`` (c, h, w) uint8 of an exhibit, its class if that is known, and its place among
+    the exhibit's pictures if it is one of them."""
 
     exhibit: str
     image: np.ndarray
     label: int | None = None
     place: int | None = None
-    moment: "Moment | None" = None
-
-    def attacked(self, moment: "Moment") -> "Visit":
-        """The same with an attack that ended."""
-        return replace(self, moment=moment)
 
     def __deepcopy__(self, memo: object) -> "Visit":
         return self  # it is never changed

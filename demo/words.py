@@ -1,5 +1,6 @@
 """What the demo says, in words that need no knowledge of the field."""
 
+import math
 from typing import TYPE_CHECKING
 
 from fdml.demo.choices import METHODS
@@ -64,14 +65,15 @@ def proved(proof: "Proof", classes: tuple[str, ...]) -> str:
     certainty = f"{100 * (1 - proof.alpha):g}%"
     samples = f"{proof.count:,} of {proof.samples:,} noisy copies"
     if proof.answer is None:
-        if proof.state == "sampling":
+        if proof.state in ("sampling", "stopped"):
             return f"Nothing is proved yet, after {samples}."
         return (
             f"Nothing is proved after {samples}: under this much noise no answer is frequent enough. Try less noise, or"
             " another picture."
         )
+    radius = math.floor(1000 * proof.radius) / 1000  # what is said of it is then true
     what = (
-        f"Proved with {certainty} confidence: no change smaller than {proof.radius:.3f} (l2) makes the smoothed model"
+        f"Proved with {certainty} confidence: no change smaller than {radius:.3f} (l2) makes the smoothed model"
         f" say anything but {shorten(classes[proof.answer])}."
     )
     if proof.state == "sampling":
@@ -80,5 +82,6 @@ def proved(proof: "Proof", classes: tuple[str, ...]) -> str:
         return f"{what} An attack changes its answer at {proof.broken:.3f}: the truth lies between."
     if proof.state == "attacking":
         return f"{what} Now an attack looks for where it breaks …"
-    tried = f" up to {proof.tried[-1]:.3f}" if proof.tried else ""
-    return f"{what} No attack that was tried{tried} changes its answer."
+    if not proof.tried:
+        return f"{what} It was stopped before an attack looked for where that breaks."
+    return f"{what} No attack that was tried up to {proof.tried[-1]:.3f} changes its answer."
