@@ -232,8 +232,12 @@ def _report(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read ({reason}): give a folder that fdml evaluate wrote") from None
     if size > MAX_REPORT:
         raise InputError(f"{path} is larger than {MAX_REPORT >> 20} MiB, which no report is")
-    models = found.get("models") if isinstance(found, dict) and found.get("format") == 1 else None
-    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+    if (
+        not isinstance(found, dict)
+        or found.get("format") != 1
+        or not isinstance(found.get("models"), list)
+        or not all(isinstance(model, dict) for model in found["models"])
+    ):
         raise _no_report(path)
     return found
 

@@ -190,7 +190,7 @@ class Lab:
     def unattacked(self, image: np.ndarray, label: int | None) -> tuple[Faced, ...]:
         """What the models make of a picture, uint8 (c, h, w), that nobody has attacked; ``label`` is its class, None
         the answer of each."""
-        x = torch.from_numpy(image)[None].float() / 255
+        x = torch.tensor(image)[None].float() / 255
         faced = []
         for side in self.exhibit.sides:
             seen = self.seen(side.key, x)
@@ -208,7 +208,7 @@ class Lab:
             key: None if name is None else self.exhibit.class_index(name)
             for key, name in (("label", label), ("target", target))
         }
-        return Asked(image=torch.from_numpy(image), **known, **rest)
+        return Asked(image=torch.tensor(image), **known, **rest)
 
     # Attacks ---------------------------------------------------------------------------------------------------------
 
@@ -373,7 +373,7 @@ class Lab:
             raise InputError(f"a chance of an error of {alpha:g} is out of range: above 0 and below 0.5")
         seed = secrets.randbelow(1 << 31) if seed is None else seed
         model, ends = self.models[self.exhibit.side(key).key], time.monotonic() + SECONDS
-        grid = torch.from_numpy(image)
+        grid = torch.tensor(image)
         noise = GridNoise(sigma, seed, "cpu")
         smoother = Smoother(model, len(self.exhibit.classes), noise, alpha=alpha, batch=2 * LOOK)
         candidate = smoother.candidate(grid, 0, SELECTION)

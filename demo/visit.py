@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+
 import numpy as np
 
 from fdml.demo.exhibit import Exhibit

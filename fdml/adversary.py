@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 
 from fdml.attacks import n_fgsm, pgd
-from fdml.attacks.objective import CHUNK
+from fdml.attacks.objective import CHUNK, look
 from fdml.guidance import Advice
 from fdml.inference import inference
+from fdml.losses import kl_divergence
 from fdml.recipe import Recipe
 from fdml.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
+
+_BY_KL = ("trades", "hat", "rslad")
+"""The bases whose inner attack ascends a KL divergence: from the student's answer to x or, rslad, the teacher's."""
 
 
 def attack_start(recipe: Recipe, x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
@@ -21,8 +25,8 @@ def attack_start(recipe: Recipe, x: Tensor, threat: Threat, generator: torch.Gen
         return x
     if recipe.attack == "n-fgsm":
         return x + torch.empty_like(x).uniform_(-2 * threat.eps, 2 * threat.eps, generator=generator)
-    if recipe.base == "trades":
-        # The KL has no gradient at the clean image itself; the published code starts a hair beside it.
+    if recipe.base in _BY_KL:
+        # The KL has no gradient at the clean image itself; the published codes start a hair beside it.
         return (x + 0.001 * torch.empty_like(x).normal_(generator=generator)).clamp_(0, 1)
     return threat.random(x, generator)
 
@@ -47,12 +51,20 @@ def see_through(
     count = len(noise)
     if advice is not None:
         taps = {name: tap.repeat(count, *[1] * (tap.ndim - 1)) for name, tap in advice.taps.items()}
-        advice = Advice(advice.logits.repeat(count, 1), taps)
+        adversarial = None if advice.adversarial is None else advice.adversarial.repeat(count, 1)
+        advice = Advice(advice.logits.repeat(count, 1), taps, adversarial)
     return _through(noise, x), _through(noise, x_adv), y.repeat(count), advice
 
 
 def inner_attack(
-    recipe: Recipe, model: Model, x: Tensor, start: Tensor, y: Tensor, threat: Threat, noise: Tensor | None = None
+    recipe: Recipe,
+    model: Model,
+    x: Tensor,
+    start: Tensor,
+    y: Tensor,
+    threat: Threat,
+    noise: Tensor | None = None,
+    advice: Advice | None = None,
 ) -> Tensor:
     """Adversarial images of ``x`` against ``model`` as it is: gradients of the input alone, BatchNorm in eval mode.
 
@@ -62,6 +74,9 @@ def inner_attack(
     if recipe.attack == "none":
         return x
     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        if recipe.base == "rslad":
+            assert advice is not None
+            return _away(recipe, model, x, start, advice.logits, threat)
         if noise is None:
             return _attack(recipe, model, x, start, y, threat)
         # An image keeps its noise: parts that the attack looks at whole.
@@ -76,8 +91,17 @@ def _attack(recipe: Recipe, model: Model, x: Tensor, start: Tensor, y: Tensor, t
         return n_fgsm(model, x, y, threat, start=start)
     step_size = recipe.attack_step * threat.eps
     steps = recipe.attack_steps
-    objective = "kl" if recipe.base == "trades" else "ce"
+    objective = "kl" if recipe.base in _BY_KL else "ce"
     return pgd(model, x, y, threat, steps=steps, step_size=step_size, objective=objective, start=start, keep="last")
+
+
+def _away(recipe: Recipe, model: Model, x: Tensor, start: Tensor, answer: Tensor, threat: Threat) -> Tensor:
+    """PGD on KL(answer ‖ S(x')), the answer being a teacher's to x (Zi et al. 2021, eq. 5)."""
+    with inference(model):
+        for _ in range(recipe.attack_steps):
+            _, _, grad = look(model, start, answer, lambda logits, answer: kl_divergence(answer, logits))
+            start = threat.project(threat.ascend(start, grad, recipe.attack_step * threat.eps), x)
+    return start
 
 
 def _smoothed(model: Model, noise: Tensor) -> Model:

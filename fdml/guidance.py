@@ -17,10 +17,12 @@ CACHE_LIMIT = 512 << 20
 
 
 class Advice(NamedTuple):
-    """The teacher's logits (b, classes) and the taps asked for, of clean images."""
+    """The teacher's logits (b, classes) and the taps asked for, of clean images; where a method asks, also its logits
+    of the adversarial ones."""
 
     logits: Tensor
     taps: dict[str, Tensor]
+    adversarial: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Teacher:
         with inference(self.model), torch.no_grad():
             seen = self.model.outputs(x.contiguous(memory_format=torch.channels_last))
         return Advice(seen.logits, {name: seen.taps[name] for name in self.layers})
+
+    def answers(self, x: Tensor) -> Tensor:
+        """The logits (b, classes) of any images."""
+        with inference(self.model), torch.no_grad():
+            return self.model(x.contiguous(memory_format=torch.channels_last))
 
 
 class Guided(nn.Module):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdml import losses
+from fdml.bases import BASES, Batch
 from fdml.guidance import Advice, Guided
 from fdml.interval import Interval, box, margins
 from fdml.models import RobustModel
@@ -46,8 +47,7 @@ def objective(
     ``runner`` is ``guided``, perhaps inside DistributedDataParallel: every pass whose gradient is to be averaged over
     processes begins there. ``x_adv`` are the adversarial images of ``x`` (for clean training, ``x`` itself).
 
-    With S the student, T the teacher and r the weight of guidance:
-    ce: CE(S(x'), soft_target); trades: CE(S(x), ·) + beta KL(S(x) ‖ S(x')); mart: BCE(S(x')) + beta KL · (1 − p_y(x)),
+    With S the student, T the teacher and r the weight of guidance: the terms of the recipe's base (``fdml.bases``),
     then + r · fd · mean_l (1 − cos(S_l(x'), T_l(x))) + r · ml · triplet(S(x'), positive, confused negative).
     With interval bounds: (1 − ibp) times all that + ibp · CE(the worst logits of the box), as MTL-IBP (De Palma et al.
     2024); the statistics of the batch that the bounds are normalised by are those of x' (Shi et al. 2021).
@@ -69,17 +69,8 @@ def objective(
         weight=recipe.answer,
         temperature=recipe.temperature,
     )
-    if recipe.base == "ce":
-        terms.losses["ce"] = F.cross_entropy(logits, target)
-    else:
-        clean, _ = runner(x)
-        drift = losses.kl_divergence(clean, logits)
-        if recipe.base == "trades":
-            terms.losses["ce"] = F.cross_entropy(clean, target)
-        else:
-            terms.losses["bce"] = losses.boosted_cross_entropy(logits, y).mean()
-            drift = drift * (1 - clean.softmax(1).gather(1, y[:, None]).squeeze(1))
-        terms.losses["kl"] = recipe.beta * drift.mean()
+    batch = Batch(x, x_adv, y, target, advice, lambda images: runner(images)[0])
+    terms.losses = BASES[recipe.base](recipe, batch, logits)
 
     weight = guidance_weight(recipe, done)
     if recipe.fd and advice and weight:

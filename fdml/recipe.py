@@ -59,9 +59,11 @@ class Recipe:
     sigma: float = 0.0
     noise_copies: int = 1
 
-    # Learning the label: ce on x', trades (ce on x + beta KL) or mart; `answer` is the teacher's share of the target.
-    base: Literal["ce", "trades", "mart"] = "ce"
+    # Learning the label: a method of fdml.bases, with the weights of its terms; `answer` is the teacher's share of the
+    # target.
+    base: Literal["ce", "trades", "mart", "alp", "hat", "rslad"] = "ce"
     beta: float = 6.0
+    gamma: float = 0.5
     label_smoothing: float = 0.1
     answer: float = 0.0
     temperature: float = 2.0
@@ -85,7 +87,8 @@ class Recipe:
     awp: float = 0.0
     awp_after: float = 0.1
 
-    # The teacher: the same network, trained on clean images.
+    # The teacher: the same network, trained on clean images or, `robust`, by adversarial training.
+    teacher_kind: Literal["clean", "robust"] = "clean"
     teacher_epochs: int = 20
     teacher_lr: float = 0.1
     teacher_width: int | None = None
@@ -116,7 +119,8 @@ class Recipe:
     @property
     def needs_teacher(self) -> bool:
         """Whether any term of the student's loss looks at the teacher."""
-        return self.answer > 0 or self.fd > 0 or self.ml > 0 or self.start == "teacher"
+        guided = self.answer > 0 or self.fd > 0 or self.ml > 0
+        return guided or self.start == "teacher" or self.base in ("hat", "rslad")
 
     @property
     def is_defended(self) -> bool:
@@ -134,14 +138,15 @@ class Recipe:
         return () if self.augment == "none" else tuple(name.strip() for name in self.augment.split(","))
 
     def teacher(self) -> "Recipe":
-        """The recipe of this recipe's teacher: clean images, no guidance."""
+        """The recipe of this recipe's teacher: no guidance, and clean images unless it is to be robust."""
+        robust = self.teacher_kind == "robust"
         return replace(
             self,
-            name="standard",
+            name="pgd-at" if robust else "standard",
             epochs=self.teacher_epochs,
             lr=self.teacher_lr,
             width=self.teacher_width or self.width,
-            attack="none",
+            attack="pgd" if robust else "none",
             base="ce",
             answer=0.0,
             fd=0.0,
@@ -177,6 +182,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "ibp": (0, 1),
     "ibp_warmup": (0, 1),
     "beta": (0, None),
+    "gamma": (0, None),
     "label_smoothing": (0, 1),
     "answer": (0, 1),
     "temperature": (1e-3, 1e3),

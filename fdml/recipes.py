@@ -37,6 +37,21 @@ def mart(base: Recipe) -> Recipe:
     return replace(base, base="mart", beta=5.0, label_smoothing=0.0)
 
 
+def alp(base: Recipe) -> Recipe:
+    """Adversarial logit pairing, beta 0.5 (Kannan et al. 2018)."""
+    return replace(base, base="alp", beta=0.5)
+
+
+def hat(base: Recipe) -> Recipe:
+    """TRADES with helper images beyond the adversarial ones, labelled by a clean teacher (Rade and Moosavi 2022)."""
+    return replace(base, base="hat", beta=2.5, gamma=0.5, label_smoothing=0.0)
+
+
+def rslad(base: Recipe) -> Recipe:
+    """A robust teacher's softened answers in place of labels, in the inner attack too (Zi et al. 2021)."""
+    return replace(base, base="rslad", teacher_kind="robust", teacher_epochs=base.epochs, label_smoothing=0.0)
+
+
 def fast_at(base: Recipe) -> Recipe:
     """One-step training with strong noise, N-FGSM (de Jorge et al. 2022)."""
     return replace(base, attack="n-fgsm")
@@ -99,6 +114,9 @@ RECIPES: dict[str, Callable[[Recipe], Recipe]] = {
     "pgd-at": pgd_at,
     "trades": trades,
     "mart": mart,
+    "alp": alp,
+    "hat": hat,
+    "rslad": rslad,
     "fast-at": fast_at,
     "standard": standard,
     "smooth": smooth,

@@ -30,7 +30,7 @@ from fdml.train import fit
 from fdml.world import World
 
 GOLDEN = Path(__file__).parent / "golden"
-TERMS = ("loss", "ce", "bce", "kl", "fd", "ml", "d_ap", "d_an")
+TERMS = ("loss", "ce", "bce", "kl", "kl_clean", "alp", "helper", "fd", "ml", "d_ap", "d_an")
 STEPS, FEW = 20, 5
 BATCH = 64
 
@@ -61,6 +61,7 @@ BASE = Recipe(
     attack_step=0.5,
     base="ce",
     beta=6.0,
+    gamma=0.5,
     label_smoothing=0.1,
     answer=0.0,
     temperature=2.0,
@@ -73,6 +74,7 @@ BASE = Recipe(
     guidance_until=0.7,
     awp=0.0,
     awp_after=0.1,
+    teacher_kind="clean",
     teacher_epochs=1,
     teacher_lr=0.005,
     teacher_width=None,
@@ -87,6 +89,9 @@ RECIPES = {
     "pgd-at": BASE,
     "trades": replace(BASE, base="trades", beta=6.0, label_smoothing=0.0),
     "mart": replace(BASE, base="mart", beta=5.0, label_smoothing=0.0),
+    "alp": replace(BASE, base="alp", beta=0.5),
+    "hat": replace(BASE, base="hat", beta=2.5, gamma=0.5, label_smoothing=0.0),
+    "rslad": replace(BASE, base="rslad", teacher_kind="robust", label_smoothing=0.0),
     "awp": replace(BASE, awp=0.01, clip=1.0, augment="crop"),
     "pgd-at-linf": replace(BASE, norm="linf", eps=0.2),
 }

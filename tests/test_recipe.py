@@ -170,12 +170,12 @@ def test_every_recipe_of_every_data_set_survives_its_file(name: str, dataset: st
 
 @every_recipe
 @pytest.mark.parametrize("dataset", DATA)
-def test_a_teacher_is_clean_and_needs_no_teacher(name: str, dataset: str) -> None:
+def test_a_teacher_is_clean_or_robust_and_needs_no_teacher(name: str, dataset: str) -> None:
     student = recipe(name, dataset)
     for guided in (student, dataclasses.replace(student, fd=1.0, ml=1.0, answer=0.5, awp=0.1, start="teacher")):
         teacher = guided.teacher()
         assert not teacher.needs_teacher
-        assert teacher.attack == "none"
+        assert teacher.attack == ("pgd" if student.teacher_kind == "robust" else "none")
         assert teacher.base == "ce"
         assert (teacher.awp, teacher.sigma, teacher.ibp) == (0, 0, 0)
         assert (teacher.epochs, teacher.lr) == (student.teacher_epochs, student.teacher_lr)
@@ -289,13 +289,16 @@ def test_what_each_recipe_is() -> None:
     assert guided["fdml"] == (True, True)
     assert guided["fd"] == (True, False)
     assert guided["ml"] == (False, True)
-    assert {name for name, r in found.items() if r.needs_teacher} == {"fdml", "fd", "ml", "fdml-smooth", "fdml-ibp"}
+    taught = {"fdml", "fd", "ml", "fdml-smooth", "fdml-ibp", "hat", "rslad"}
+    assert {name for name, r in found.items() if r.needs_teacher} == taught
+    assert {name for name, r in found.items() if r.teacher_kind == "robust"} == {"rslad"}
     assert {name for name, r in found.items() if r.attack == "none"} == {"standard", "smooth", "ibp"}
     assert {name for name, r in found.items() if not r.is_defended} == {"standard", "smooth"}
     assert {name for name, r in found.items() if r.sigma} == {"smooth", "smooth-adv", "fdml-smooth"}
     assert {name for name, r in found.items() if r.ibp} == {"ibp", "fdml-ibp"}
     assert {name for name, r in found.items() if r.attack == "n-fgsm"} == {"fast-at"}
-    assert (found["pgd-at"].base, found["trades"].base, found["mart"].base) == ("ce", "trades", "mart")
+    assert found["pgd-at"].base == "ce"
+    assert all(found[name].base == name for name in ("trades", "mart", "alp", "hat", "rslad"))
 
 
 @pytest.mark.parametrize(
