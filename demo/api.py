@@ -64,6 +64,7 @@ def add(labs: "Labs") -> None:
         """What each model makes of a picture: the class and the probabilities in the order of the classes. ``image`` is
         the number of one of the exhibit's pictures, or data:image/png;base64,…"""
         with _told():
+            _check(text={"image": image})
             lab = labs[exhibit]
             found = lab.unattacked(picture(image, lab.exhibit), None)
             return {faced.side.key: _answer(lab.exhibit, faced.clean) for faced in found}
@@ -86,6 +87,8 @@ def add(labs: "Labs") -> None:
         each model, its answers before and after, the distances reached in each norm, and the attacked picture as
         data:image/png;base64,…"""
         with _told():
+            _check(whole={"steps": steps, "seed": seed}, number={"eps": eps})
+            _check(text={"image": image, "attack": attack, "norm": norm, "target": target, "label": label})
             lab = labs[exhibit]
             asked = lab.asked(
                 picture(image, lab.exhibit),
@@ -114,6 +117,9 @@ def add(labs: "Labs") -> None:
         one. ``label`` is null where nothing was shown. ``broken`` is the radius of an attack that succeeded, or
         null."""
         with _told():
+            _check(whole={"samples": samples, "seed": seed}, number={"sigma": sigma}, text={"image": image})
+            if seed < -1:
+                raise InputError(f"seed {seed} is out of range: 0 and above, or -1 to draw one")
             lab = labs[exhibit]
             found = list(
                 lab.certify(
@@ -151,6 +157,23 @@ def add(labs: "Labs") -> None:
         endpoint_of(endpoint, api_name=endpoint.__name__)
     for endpoint in (attack, certify, accuracy):
         endpoint_of(endpoint, api_name=endpoint.__name__, concurrency_id="compute")
+
+
+def _check(
+    *,
+    whole: dict[str, Any] | None = None,
+    number: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+) -> None:
+    """Raises ``InputError`` for a value of another type than its parameter has: gradio lets any JSON through."""
+    for kind, types, values in (
+        ("a whole number", (int,), whole),
+        ("a number", (int, float), number),
+        ("text", (str,), text),
+    ):
+        for name, value in (values or {}).items():
+            if isinstance(value, bool) or not isinstance(value, types):
+                raise InputError(f"{name} must be {kind}, got {str(value)[:40]!r}")
 
 
 class _told:  # noqa: N801 — used as a function

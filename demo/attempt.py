@@ -1,5 +1,6 @@
 """An attack under way: in a thread of its own, seen at every step, and stopped when somebody asks."""
 
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class Attempt:
             return
         self.looks += 1
         self.last = Look(self.looks, x.clone(), logits, float(cross_entropy(logits, self._y)))
-        if self.looks % self._every == 0:
+        if self.looks % self._every == 0 and math.isfinite(self.last.loss):
             self.trace.append((self.looks, self.last.loss))
             if len(self.trace) > MAX_TRACE:
                 del self.trace[::2]

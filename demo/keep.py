@@ -14,7 +14,7 @@ from fdml.craft import as_image, side_by_side
 from fdml.demo.lab import Lab, Moment
 
 MAX_MODEL = 32 << 20
-"""A larger model file is named, not packed."""
+"""A larger model file is not packed: whoever has it, by its digest, gives it the name in the command."""
 
 
 def packed(lab: Lab, moment: Moment) -> bytes:
@@ -33,9 +33,8 @@ def packed(lab: Lab, moment: Moment) -> bytes:
             adversarial = faced.attacked.x.numpy()
             archive.writestr(f"adversarial-{key}.png", _png(as_image(adversarial)))
             archive.writestr(f"compared-{key}.png", _png(side_by_side(clean, adversarial)))
-            small = side.file.stat().st_size <= MAX_MODEL
-            model = f"{key}.safetensors" if small else side.file.name
-            if small:
+            model = f"{key}.safetensors"
+            if side.file.stat().st_size <= MAX_MODEL:
                 archive.write(side.file, model)
             words = ["fdml", "attack", model, "clean.png", "--attack", asked.method]
             if asked.steps is not None and asked.method != "fgsm":

@@ -30,7 +30,7 @@ def first(exhibit: Exhibit) -> Visit:
     """What a visitor sees first: the first picture there is, or a blank one."""
     if not len(exhibit.images):
         return Visit(exhibit.name, np.zeros(exhibit.input, np.uint8))
-    return picked(exhibit, int(np.argmax(exhibit.labels)))
+    return picked(exhibit, 0)
 
 
 def picked(exhibit: Exhibit, place: int) -> Visit:

@@ -13,7 +13,6 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine"),
-    pytest.mark.xdist_group("browser"),
 ]
 
 PATIENCE = 30_000
@@ -211,6 +210,8 @@ def test_nothing_serious_is_in_the_way_of_people_with_disabilities(browser: Brow
             visitor.page.locator("#measure").click()
             expect(visitor.page.locator("#curve polyline")).to_have_count(2)
         if tab == "Certify":
+            visitor.page.locator("#samples input[type=number]").fill("1000")
+            visitor.page.locator("#samples input[type=number]").press("Tab")
             visitor.page.locator("#prove").click()
             visitor.page.locator("#certificate .fd-ring").wait_for()
             expect(visitor.page.locator("#halt-proof")).to_be_disabled()
