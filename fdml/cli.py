@@ -259,6 +259,47 @@ def attack(
     _console().print(f"{sum(one.fooled for one in found)} of {len(found)} fooled by {name} inside {threat}")
 
 
+@app.command(
+    epilog="Examples:  fdml reproduce  |  fdml reproduce fashion-mnist --data-dir ~/data  |"
+    "  fdml reproduce digits --smoke --row pgd-at --row fdml  |  fdml reproduce mnist --row trades:epochs=3"
+)
+def reproduce(
+    table: Annotated[str | None, typer.Argument(help="A table's name; without one they are listed.")] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="Rows in place of the table's: RECIPE or RECIPE:key=value,…; repeat it.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds. (default: the table's)")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of every row.")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Toy size: minutes, and no figure to believe.")] = False,
+    data_dir: DataDir = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs. (default: runs/reproduce-TABLE)")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train and attack the rows of a table, and collect it; goes on where it stopped."""
+    from dataclasses import asdict
+
+    from fdml import reproduce as tables
+
+    if table is None:
+        _listing(dict(tables.described()), as_json)
+        return
+    found = tables.reproduce(
+        table,
+        out or Path("runs") / f"reproduce-{table}{'-smoke' if smoke else ''}",
+        rows=row or (),
+        seeds=seeds,
+        keys=set_ or (),
+        small=smoke,
+        data_dir=data_dir,
+        device=device,
+        console=None if as_json else _console(),
+    )
+    print(json.dumps([asdict(each) for each in found]) if as_json else tables.markdown(found))
+
+
 @app.command(epilog="Example:  fdml evaluate runs/fdml-digits --attack autoattack")
 def attacks(as_json: Json = False) -> None:
     """List the attacks."""

@@ -52,9 +52,9 @@ TIMED_IMAGES, TIMED_SECONDS = 16, 2.0
 # What has no influence on a network that is trained without guidance, and without an attack. Brought to the defaults,
 # so that victims which differ in nothing else share their surrogates.
 _DEFAULT = Recipe(name="default").to_dict()
-_UNGUIDED = ("base", "beta", "answer", "temperature", "fd", "fd_layers", "ml", "margin", "positive", "guidance",
-             "guidance_until", "awp", "awp_after", "start", "teacher_epochs", "teacher_lr", "teacher_width",
-             "test_limit", "sigma", "noise_copies", "ibp", "ibp_warmup")  # fmt: skip
+_UNGUIDED = ("base", "beta", "gamma", "answer", "temperature", "fd", "fd_layers", "ml", "margin", "positive",
+             "guidance", "guidance_until", "awp", "awp_after", "start", "teacher_epochs", "teacher_lr", "teacher_width",
+             "teacher_kind", "test_limit", "sigma", "noise_copies", "ibp", "ibp_warmup")  # fmt: skip
 _UNATTACKED = ("norm", "eps", "attack_radius", "attack_steps", "attack_step", "val_steps")
 
 
@@ -81,7 +81,7 @@ def wanted(card: Card, data_name: str, protocols: Collection[str]) -> list[Surro
     other = replace(victim, seed=seed)
     found = []
     if card.architecture != CUSTOM:
-        if victim.needs_teacher:
+        if victim.needs_teacher and victim.teacher_kind == "clean":
             found.append(Surrogate("gray-teacher", "gray", _undefended(victim), "the clean teacher of this student"))
         clone = _undefended(replace(other, teacher_width=None))
         found.append(Surrogate("gray-clone", "gray", clone, f"the same network undefended, seed {seed}"))
@@ -214,7 +214,8 @@ def _victim(card: Card, data_name: str) -> tuple[Recipe, str]:
 
 def _undefended(recipe: Recipe) -> Recipe:
     """The recipe's teacher, which learns from clean images."""
-    return replace(recipe.teacher(), **{name: _DEFAULT[name] for name in (*_UNGUIDED, *_UNATTACKED)})
+    clean = replace(recipe, teacher_kind="clean").teacher()
+    return replace(clean, **{name: _DEFAULT[name] for name in (*_UNGUIDED, *_UNATTACKED)})
 
 
 def _adversarial(recipe: Recipe) -> Recipe:

@@ -20,7 +20,7 @@ LAYERS = [
     {"checkpoint", "run", "runtime"},
     {"guidance", "interval", "bases", "objective", "adversary", "learner", "train", "progress"}
     | {"evaluate", "certify", "report", "showing", "drawing", "curves", "gallery", "tables"}
-    | {"surrogates", "judge", "craft"},
+    | {"surrogates", "judge", "craft", "reproduce"},
     {"export", "serve", "demo"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,312 @@
+"""The tables of the paper's claim: rows are trained, attacked from outside and inside, and collected, seed by seed.
+
+A row is a recipe with perhaps other keys: ``trades`` or ``trades:epochs=2,attack_steps=5``. Every row of a seed learns
+from one clean teacher, where it has one at all. Whatever was finished is not done again, and what was stopped goes on.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import fdml
+from fdml.attacks import ATTACKS, Attack
+from fdml.checkpoint import load as load_model
+from fdml.data import load
+from fdml.data.dataset import DataSet
+from fdml.errors import InputError, unknown
+from fdml.evaluate import evaluate
+from fdml.evaluate.suites import CASCADES, LABELS
+from fdml.files import write_whole
+from fdml.models import Frozen
+from fdml.randomness import Generator
+from fdml.recipe import Recipe, override
+from fdml.recipes import recipe as named
+from fdml.run import Run
+from fdml.threat import Threat
+from fdml.train import fit
+from fdml.train import train as train_run
+from fdml.world import World
+
+METHODS = (
+    "pgd-at", "trades", "mart", "alp", "hat", "rslad", "fast-at", "fd", "ml", "fdml",
+)  # fmt: skip
+"""The rivals, then the method's ablations and the method."""
+
+_GRAY = ("mi-fgsm", "di-ti", "pgd50-transfer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What is compared: a data set, rows, ``keys`` that every row has, seeds 0, 1, …, and the test images that judge.
+
+    ``white`` and ``black`` are attacks on the model itself, with and without its gradient; the gray ones are crafted on
+    the seed's clean teacher, an undefended network of the same architecture.
+    """
+
+    data: str
+    rows: tuple[str, ...] = METHODS
+    keys: tuple[str, ...] = ()
+    seeds: int = 3
+    limit: int = 1000
+    white: tuple[str, ...] = ("fgsm", "pgd20", "apgd-ce", "apgd-t3")
+    gray: tuple[str, ...] = _GRAY
+    black: tuple[str, ...] = ("square1000",)
+
+
+_CIFAR = (
+    "architecture=resnet18", "augment=flip,crop", "precision=bf16", "compile=true", "teacher_epochs=30",
+)  # fmt: skip
+
+TABLES: dict[str, Table] = {
+    "fashion-mnist": Table(data="fashion-mnist", keys=("width=8", "epochs=4", "teacher_epochs=3")),
+    "mnist": Table(data="mnist", keys=("width=8", "epochs=4", "teacher_epochs=2")),
+    "digits": Table(data="digits", limit=360),
+    "cifar10-linf": Table(
+        data="cifar10", keys=(*_CIFAR, "epochs=30"), limit=10_000, white=("pgd20", *CASCADES["autoattack"][1]), black=()
+    ),
+    "cifar10-l2": Table(
+        data="cifar10", keys=(*_CIFAR, "epochs=30", "norm=l2", "eps=0.5"), limit=10_000,
+        white=("pgd20", *CASCADES["autoattack"][1]), black=(),
+    ),
+}  # fmt: skip
+"""The tables by name. Those of CIFAR-10 are for a GPU."""
+
+
+def smoke(table: Table) -> Table:
+    """The same table at toy size, for minutes on a CPU: one seed, one epoch of few images, few steps of each attack."""
+    keys = ("epochs=1", "teacher_epochs=1", "batch_size=64", "width=8", "attack_steps=2", "val_limit=40", "val_steps=1")
+    plain = ("precision=fp32", "compile=false", "test_limit=20")
+    return replace(
+        table, keys=(*table.keys, *keys, *plain), seeds=1, limit=20, white=("fgsm", "pgd20"), black=("noise",)
+    )
+
+
+SMOKE_IMAGES = 256
+"""Training images of a smoke run."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of one seed: accuracies as fractions of ``n`` test images, and what they cost.
+
+    ``worst`` has the images that withstand every attack of its kind; ``seconds`` are wall time of the student's
+    training, the teacher's not among them.
+    """
+
+    row: str
+    seed: int
+    n: int
+    threat: str
+    accuracies: dict[str, float]
+    white: float
+    gray: float | None
+    black: float | None
+    worst: float
+    seconds: float
+    recipe: dict[str, Any]
+    hardware: str
+    versions: dict[str, str]
+    date: str
+
+
+def reproduce(
+    name: str,
+    out: Path,
+    *,
+    rows: Sequence[str] = (),
+    seeds: int | None = None,
+    keys: Sequence[str] = (),
+    small: bool = False,
+    data_dir: Path | None = None,
+    device: str | None = None,
+    console: Console | None = None,
+) -> list[Outcome]:
+    """Trains and attacks what is missing of the table ``name``; writes ``table.md`` and ``results.json`` to ``out``.
+
+    ``rows``, ``seeds`` and ``keys`` replace and extend the table's own; ``small`` is ``smoke``. What each run was made
+    with stands in its ``result.json``; a run made otherwise is refused, not mixed in.
+
+    Raises ``InputError`` for an unknown table or row, and for a folder that holds runs of another table.
+    """
+    if name not in TABLES:
+        raise unknown("table", name, TABLES)
+    table = smoke(TABLES[name]) if small else TABLES[name]
+    table = replace(table, rows=tuple(rows) or table.rows, seeds=seeds or table.seeds, keys=(*table.keys, *keys))
+    console = console or Console(quiet=True)
+    world = World.join(device)
+    found = []
+    chosen = {row: _recipe(row, table) for row in table.rows}
+    for recipe in chosen.values():
+        Threat(recipe.norm, recipe.eps)  # what is wrong is refused before anything is trained
+    data = load(table.data, data_dir=data_dir, val_fraction=next(iter(chosen.values())).val_fraction)
+    if small:
+        data = replace(data, train=data.train.head(SMOKE_IMAGES))
+    for seed in range(table.seeds):
+        for row, recipe in chosen.items():
+            outcome = _one(row, replace(recipe, seed=seed), table, data, out, world, console)
+            found.append(outcome)
+            write_whole(out / "results.json", json.dumps([asdict(each) for each in found], indent=1) + "\n")
+            write_whole(out / "table.md", markdown(found))
+            console.print(
+                f"{row}, seed {seed}: clean {100 * outcome.accuracies['clean']:.1f}, worst {100 * outcome.worst:.1f}"
+            )
+    return found
+
+
+def _recipe(row: str, table: Table) -> Recipe:
+    method, _, changes = row.partition(":")
+    return override(named(method, table.data), [*table.keys, *(changes.split(",") if changes else [])])
+
+
+def _one(row: str, recipe: Recipe, table: Table, data: DataSet, out: Path, world: World, console: Console) -> Outcome:
+    folder = out / f"{row.replace(':', '-').replace(',', '-')}-{recipe.seed}"
+    result = folder / "result.json"
+    asked = {"row": row, "recipe": recipe.to_dict(), "n": min(table.limit, len(data.test))}
+    if result.exists():
+        kept = json.loads(result.read_text(encoding="utf-8"))
+        if {name: kept.get(name) for name in asked} != asked:
+            raise InputError(f"{folder} holds a run of other settings: name another folder with --out")
+        return Outcome(**kept)
+    teacher = _teacher(recipe, data, out, world, console)
+    began = time.monotonic()
+    shared = teacher if recipe.needs_teacher and recipe.teacher_kind == "clean" else None
+    begun = (folder / "recipe.json").exists()
+    train_run(recipe, data, folder, teacher=shared, resume=begun, device=str(world.device))
+    seconds = time.monotonic() - began
+    outcome = judge(row, recipe, table, data, Run(folder).model("student"), teacher, seconds, world)
+    write_whole(result, json.dumps(asdict(outcome), indent=1) + "\n")
+    return outcome
+
+
+def _teacher(recipe: Recipe, data: DataSet, out: Path, world: World, console: Console) -> Path:
+    """The seed's clean teacher, trained once for all rows: what they learn from, and what gray attacks are made on."""
+    run = Run(out / f"teacher-{recipe.seed}")
+    clean = replace(named("fdml", data.name), **_network(recipe), seed=recipe.seed).teacher()
+    if not run.model("teacher").exists():
+        run.begin(clean, {"name": data.name, "fingerprint": data.fingerprint}, resume=True, overwrite=False)
+        fit(clean, data.to(world.device), run, world, "teacher", None, console)
+    return run.model("teacher")
+
+
+def _network(recipe: Recipe) -> dict[str, Any]:
+    """What teacher and student of a seed have in common."""
+    same = (
+        "architecture", "width", "preact", "batch_size", "augment", "precision", "compile", "teacher_lr",
+        "teacher_width", "val_fraction", "val_limit", "weight_decay", "norm", "eps",
+    )  # fmt: skip
+    found = {name: getattr(recipe, name) for name in same}
+    return found | {"teacher_epochs": recipe.teacher_epochs if recipe.teacher_kind == "clean" else recipe.epochs}
+
+
+def judge(
+    row: str,
+    recipe: Recipe,
+    table: Table,
+    data: DataSet,
+    student: Path,
+    teacher: Path,
+    seconds: float,
+    world: World,
+) -> Outcome:
+    """Attacks one student on the first test images: white-box, gray-box from the teacher, and by queries."""
+    _, x, y = data.to(world.device).test.head(table.limit).all()
+    x = x.contiguous(memory_format=torch.channels_last)
+    model, threat = Frozen(load_model(student, device=world.device)), Threat(recipe.norm, recipe.eps)
+    source = Frozen(load_model(teacher, device=world.device))
+    attacks: dict[str, Any] = {name: ATTACKS[name] for name in (*table.white, *table.black)}
+    attacks |= {f"gray {name}": partial(_crafted, ATTACKS[name], source) for name in table.gray}
+    found = evaluate(model, x, y, threat, attacks, seed=recipe.seed)
+    shares = found.shares()
+
+    def together(names: Sequence[str]) -> float | None:
+        if not names:
+            return None
+        every = torch.stack([found.standing[name] for name in names])
+        return float(every.all(0).double().mean())
+
+    return Outcome(
+        row,
+        recipe.seed,
+        len(y),
+        str(threat),
+        {name: share for name, share in shares.items() if name != "worst"},
+        together(table.white) or 0.0,
+        together([f"gray {name}" for name in table.gray]),
+        together(table.black),
+        shares["worst"],
+        round(seconds, 1),
+        recipe.to_dict(),
+        _hardware(world),
+        {"fdml": fdml.__version__, "torch": torch.__version__},
+        datetime.now(UTC).date().isoformat(),
+    )
+
+
+def _crafted(
+    attack: Attack, source: Frozen, _model: object, x: Tensor, y: Tensor, threat: Threat, *, generator: Generator = None
+) -> Tensor:
+    """What an attack makes against another model, for the one that is judged to be tried with."""
+    return attack(source, x, y, threat, generator=generator)
+
+
+def _hardware(world: World) -> str:
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads"
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """The table, with means and deviations over the seeds, as text that docs/results.md takes."""
+    rows: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        rows.setdefault(outcome.row, []).append(outcome)
+    attacks = [name for name in outcomes[0].accuracies if name != "clean"]
+    inside = [name for name in attacks if not name.startswith("gray ")]
+    heads = ["method", "seeds", "clean", *(LABELS.get(name, name) for name in inside), "gray", "worst", "seconds"]
+    lines = [" | ".join(heads), " | ".join("-" for _ in heads)]
+    lines += [" | ".join(_cells(row, found, inside)) for row, found in rows.items()]
+    first = outcomes[0]
+    note = (
+        f"{first.n:,} test images, {first.threat}; percentages, ± the standard deviation over seeds; gray is the worst"
+        f" of what was crafted on the clean teacher. {first.hardware}, torch {first.versions['torch']}, {first.date}."
+    )
+    return "".join(f"| {line} |\n" for line in lines) + f"\n{note}\n"
+
+
+def _cells(row: str, found: Sequence[Outcome], attacks: Sequence[str]) -> Iterator[str]:
+    yield row
+    yield str(len(found))
+    yield _percent([each.accuracies["clean"] for each in found])
+    for name in attacks:
+        yield _percent([each.accuracies[name] for each in found])
+    yield _percent([each.gray for each in found if each.gray is not None])
+    yield _percent([each.worst for each in found])
+    yield f"{statistics.mean(each.seconds for each in found):.0f}"
+
+
+def _percent(shares: Sequence[float]) -> str:
+    if not shares:
+        return "-"
+    percent = [100 * share for share in shares]
+    deviation = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
+    return f"{statistics.mean(percent):.1f}{deviation}"
+
+
+def described() -> Mapping[str, str]:
+    """The tables in a few words."""
+    return {
+        name: f"{table.data}, {len(table.rows)} rows, {table.seeds} seeds, {table.limit:,} test images"
+        for name, table in TABLES.items()
+    }

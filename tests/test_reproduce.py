@@ -1,0 +1,83 @@
+"""The tables of the comparison: run at toy size, collected, gone on with, never mixed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command_line import call
+
+from fdml.errors import InputError
+from fdml.evaluate.suites import step
+from fdml.recipes import RECIPES
+from fdml.reproduce import TABLES, Outcome, markdown, reproduce, smoke
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_can_be_run(name: str) -> None:
+    table = TABLES[name]
+    assert table.seeds >= 3
+    assert {row.partition(":")[0] for row in table.rows} <= set(RECIPES)
+    for attack in (*table.white, *table.gray, *table.black):
+        step(attack)
+    assert smoke(table).seeds == 1
+
+
+def test_a_table_is_run_and_collected_and_not_run_again(tmp_path: Path) -> None:
+    words = ("reproduce", "digits", "--smoke", "--out", tmp_path, "--json", "--device", "cpu")
+    rows = ("--row", "fdml", "--row", "rslad", "--row", "trades:beta=3")
+    code, out, err = call(*words, *rows)
+    assert code == 0, err
+    found = json.loads(out)
+    assert [each["row"] for each in found] == ["fdml", "rslad", "trades:beta=3"]
+    for each in found:
+        assert each["n"] == 20
+        assert set(each["accuracies"]) == {
+            "clean", "fgsm", "pgd20", "noise", "gray mi-fgsm", "gray di-ti", "gray pgd50-transfer",
+        }  # fmt: skip
+        assert each["worst"] <= min(each["white"], each["gray"], each["black"]) <= each["accuracies"]["clean"]
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert table.startswith("| method | seeds | clean | FGSM | PGD-20 | random noise | gray | worst | seconds |")
+    assert "| trades:beta=3 | 1 |" in table
+    assert "20 test images, linf 0.2" in table
+    teachers = {path.stat().st_mtime_ns for path in tmp_path.glob("teacher-0/teacher.safetensors")}
+    assert len(teachers) == 1
+    students = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student.safetensors")}
+    assert len(students) == 3
+    code, again, err = call(*words, *rows)
+    assert (code, json.loads(again)) == (0, found)
+    assert students == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student.safetensors")}
+    code, _, err = call(*words, "--row", "fdml", "--set", "eps=0.1")
+    assert code == 2
+    assert "holds a run of other settings" in err
+
+
+def test_tables_are_listed() -> None:
+    code, out, _ = call("reproduce", "--json")
+    assert code == 0
+    assert set(json.loads(out)) == set(TABLES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "imagenet"}, "unknown table 'imagenet'"),
+        ({"name": "digits", "rows": ["magic"]}, "unknown recipe 'magic'"),
+        ({"name": "digits", "rows": ["fdml:epoch=3"]}, "epoch"),
+        ({"name": "digits", "keys": ["eps=8"]}, "eps 8 is larger than the whole pixel range"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_first(arguments: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        reproduce(**arguments, out=tmp_path, small=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_means_and_deviations_are_over_the_seeds() -> None:
+    one = Outcome(
+        "fdml", 0, 100, "linf 0.1", {"clean": 0.8, "pgd20": 0.5, "gray mi-fgsm": 0.7}, 0.5, 0.7, None, 0.5, 10.0, {},
+        "a machine", {"torch": "2"}, "2026-11-26",
+    )  # fmt: skip
+    text = markdown([one, replace(one, seed=1, worst=0.54, seconds=20.0), replace(one, row="pgd-at")])
+    assert "| fdml | 2 | 80.0 ± 0.0 | 50.0 ± 0.0 | 70.0 ± 0.0 | 52.0 ± 2.8 | 15 |" in text
+    assert "| pgd-at | 1 | 80.0 | 50.0 | 70.0 | 50.0 | 10 |" in text
