@@ -1,1 +1,1 @@
-"""``fdml.demo``: the live demo. Its first command comes with a later release."""
+"""``fdml.demo``: the live demo, a page to attack, compare and certify models by hand. docs/demo.md shows it."""

@@ -1,9 +1,11 @@
 """The page: `fdml demo` serves it. What it computes is in `lab`, what it shows in `page`."""
 
+import inspect
 import random
 import signal
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, wraps
 from pathlib import Path
@@ -179,13 +181,12 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
         def looked(now: Visit) -> tuple[Any, ...]:
             """The page with a picture that nobody has attacked yet."""
             exhibit = labs.exhibits[now.exhibit]
-            known = _UNKNOWN if now.label is None else exhibit.classes[now.label]
             faced = labs[now.exhibit].unattacked(now.image, now.label)
             words = "Press Attack and watch." if exhibit.sides[1:] else "Press Attack and see whether it holds."
             return (
                 now,
                 str(page.thumbs(exhibit, now.place)),
-                gr.Dropdown(value=known),
+                gr.Dropdown(value=_known(now, exhibit)),
                 str(page.headline(words)),
                 str(page.unattacked(faced, exhibit)),
                 "",
@@ -220,13 +221,16 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
 
         def switched(name: str) -> tuple[Any, ...]:
             exhibit = labs.exhibits[name]
+            now = visit.first(exhibit)
+            shown = looked(now)
             return (
-                *looked(visit.first(exhibit)),
+                *shown[:2],
+                gr.Dropdown(choices=[_UNKNOWN, *exhibit.classes], value=_known(now, exhibit)),
+                *shown[3:],
                 gr.Slider(maximum=choices.most_eps(exhibit.norm, exhibit), value=exhibit.eps),
                 gr.Radio(value=exhibit.norm),
                 gr.Radio(choices=_whom(exhibit), value="each"),
                 gr.Dropdown(choices=[_ANY, *exhibit.classes], value=_ANY),
-                gr.Dropdown(choices=[_UNKNOWN, *exhibit.classes]),
                 gr.Radio(value=exhibit.norm),
                 "",
                 gr.Radio(choices=_sides(exhibit), value=exhibit.sides[-1].key),
@@ -240,6 +244,7 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
         ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
             from fdml.demo.keep import packed
 
+            _given({"the size of the change": eps, "the number of steps": steps, "the seed": seed})
             lab = labs[now.exhibit]
             exhibit = lab.exhibit
             asked = lab.asked(
@@ -277,6 +282,7 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
         def proved(
             now: Visit, key: str, sigma: float, samples: float, request: gr.Request
         ) -> Iterator[tuple[Any, ...]]:
+            _given({"the noise": sigma, "the number of noisy copies": samples})
             lab = labs[now.exhibit]
             stop = stops.begin(_session(request))
             buttons = gr.Button(interactive=False), gr.Button(interactive=True)
@@ -304,8 +310,8 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
         another.click(in_place(other), seen, looking, **quick)
         upload.upload(in_place(uploaded), [seen, upload], looking, **quick)
         pad.click(in_place(drawn), seen, looking, **quick)
-        parts = [*looking, eps, norm, whom, target, label, curve_norm, curves, whose, sigma, certificate]
-        models.change(switched, models, parts, **quick)
+        parts = [*looking, eps, norm, whom, target, curve_norm, curves, whose, sigma, certificate]
+        models.change(_said(verdict, parts)(switched), models, parts, **quick)
         method.change(usual, method, steps, **quick)
         norm.input(ranged, [models, norm], eps, **quick)
         attack_parts = [verdict, compare, details, keep, go, halt]
@@ -330,6 +336,10 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
     return app, labs
 
 
+def _known(now: Visit, exhibit: Exhibit) -> str:
+    return _UNKNOWN if now.label is None else exhibit.classes[now.label]
+
+
 def _whom(exhibit: Exhibit) -> list[tuple[str, str]]:
     keys = {side.key for side in exhibit.sides}
     return [(text, name) for name, text in choices.WHOM.items() if name == "each" or (name in keys and len(keys) > 1)]
@@ -343,27 +353,36 @@ def _session(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
+def _given(values: dict[str, float | None]) -> None:
+    """Raises ``InputError`` for a number that the visitor left empty."""
+    for name, value in values.items():
+        if value is None:
+            raise InputError(f"{name} is missing: give a number")
+
+
 def _said(place: Any, outputs: Sequence[Any], again: tuple[Any, Any] | None = None) -> Callable[[Callable], Callable]:
     """Makes an event say what is wrong with its input at ``place``, in the page, and leave the other outputs as they
-    are; ``again`` are the buttons to start and to stop, which then stand as before."""
+    are; ``again`` are the buttons to start and to stop, which then stand as before. A defect of ours is written to
+    standard error, and the page says no more than that there was one."""
 
-    def failed(error: InputError) -> Any:
-        found: dict[Any, Any] = {place: str(page.headline(str(error), "error"))}
+    def failed(error: Exception) -> Any:
+        text = str(error) if isinstance(error, InputError) else "This did not work, and should have: the log says why."
+        if not isinstance(error, InputError):
+            traceback.print_exception(error)
+        found: dict[Any, Any] = {place: str(page.headline(text, "error"))}
         if again is not None:
             found |= {again[0]: gr.Button(interactive=True), again[1]: gr.Button(interactive=False)}
         values = [found.get(each, gr.skip()) for each in outputs]
         return tuple(values) if len(values) > 1 else values[0]
 
     def wrapped(event: Callable) -> Callable:
-        import inspect
-
         if inspect.isgeneratorfunction(event):
 
             @wraps(event)
             def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
                 try:
                     yield from event(*args, **kwargs)
-                except InputError as error:
+                except Exception as error:
                     yield failed(error)
 
             return stream
@@ -372,7 +391,7 @@ def _said(place: Any, outputs: Sequence[Any], again: tuple[Any, Any] | None = No
         def plain(*args: Any, **kwargs: Any) -> Any:
             try:
                 return event(*args, **kwargs)
-            except InputError as error:
+            except Exception as error:
                 return failed(error)
 
         return plain

@@ -25,11 +25,11 @@ def test_every_table_can_be_run(name: str) -> None:
 
 def test_a_table_is_run_and_collected_and_not_run_again(tmp_path: Path) -> None:
     words = ("reproduce", "digits", "--smoke", "--out", tmp_path, "--json", "--device", "cpu")
-    rows = ("--row", "fdml", "--row", "rslad", "--row", "trades:beta=3")
+    rows = ("--row", "fdml", "--row", "pgd-at:attack_steps=1")
     code, out, err = call(*words, *rows)
     assert code == 0, err
     found = json.loads(out)
-    assert [each["row"] for each in found] == ["fdml", "rslad", "trades:beta=3"]
+    assert [each["row"] for each in found] == ["fdml", "pgd-at:attack_steps=1"]
     for each in found:
         assert each["n"] == 20
         assert set(each["accuracies"]) == {
@@ -38,12 +38,12 @@ def test_a_table_is_run_and_collected_and_not_run_again(tmp_path: Path) -> None:
         assert each["worst"] <= min(each["white"], each["gray"], each["black"]) <= each["accuracies"]["clean"]
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table.startswith("| method | seeds | clean | FGSM | PGD-20 | random noise | gray | worst | seconds |")
-    assert "| trades:beta=3 | 1 |" in table
+    assert "| pgd-at:attack_steps=1 | 1 |" in table
     assert "20 test images, linf 0.2" in table
     teachers = {path.stat().st_mtime_ns for path in tmp_path.glob("teacher-0/teacher.safetensors")}
     assert len(teachers) == 1
     students = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student.safetensors")}
-    assert len(students) == 3
+    assert len(students) == 2
     code, again, err = call(*words, *rows)
     assert (code, json.loads(again)) == (0, found)
     assert students == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student.safetensors")}

@@ -86,6 +86,7 @@ def test_other_work_does_not_go_on_in_the_same_folder(noisy: Path, whole: Path, 
         certify_data(noisy, DIGITS, tmp_path, **QUICK, resume=True)
 
 
+@pytest.mark.slow  # the training has its own in every run
 def test_two_processes_write_the_certificates_of_one(noisy: Path, whole: Path, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(

@@ -360,6 +360,7 @@ def test_only_the_exporters_errors_are_taken_for_a_model_that_it_cannot_export(v
         exported(victim.model, x)
 
 
+@pytest.mark.slow  # the training has its own in every run
 def test_two_processes_make_the_report_of_one(file: Path, tmp_path: Path) -> None:
     reports = []
     for processes in (1, 2):

@@ -98,7 +98,7 @@ def requests(draw: st.DrawFn) -> tuple[bytes, bytes | None]:
     return text + part("raw", bytes(16 * count * binary)), part("length", str(len(text)).encode())
 
 
-@settings(max_examples=500, suppress_health_check=SLOW)
+@settings(max_examples=250, suppress_health_check=SLOW)
 @given(requests())
 @example((json.dumps(RIGHT | {"parameters": {"timeout": 10**400}}).encode(), None))
 @example((json.dumps(RIGHT).encode().replace(b"[0, 0, 0, 0]", b'[["\xb0"]]'), None))
