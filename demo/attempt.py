@@ -22,8 +22,8 @@ _FAR = 3.0
 """Looks further away than so many eps are not shown: an attack's guides, and the far ends of its searches."""
 
 
-class _Ended(Exception):  # noqa: N818 — nothing went wrong
-    pass
+class Ended(Exception):  # noqa: N818 — nothing went wrong
+    """Ends a computation from inside the model that it asks."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Attempt:
     def _run(self) -> None:
         try:
             self.found = self._attack(self, self._x, self._y, self._threat, generator=self._streams)  # pyright: ignore[reportArgumentType]
-        except _Ended:
+        except Ended:
             self.stopped = True
             if self.last is not None:
                 self.found = self._threat.project(self.last.x, self._x)
@@ -106,7 +106,7 @@ class Attempt:
 
     def _see(self, x: Tensor, logits: Tensor) -> None:
         if self._stop.is_set() or time.monotonic() > self._ends:
-            raise _Ended
+            raise Ended
         x, logits = x.detach()[:1], logits.detach()[:1]
         if float(self._threat.distance(x, self._x)) > _FAR * self._threat.eps + 1e-6:
             return

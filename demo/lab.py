@@ -20,7 +20,7 @@ from fdml.certify.noise import GridNoise
 from fdml.certify.smoothing import ALPHA, SELECTION, Smoother
 from fdml.checkpoint import load
 from fdml.craft import whole_levels
-from fdml.demo.attempt import Attempt, Look, streams
+from fdml.demo.attempt import Attempt, Ended, Look, streams
 from fdml.demo.choices import MAX_SAMPLES, MAX_STEPS, METHODS, USUAL_STEPS, WHOM, usual_eps
 from fdml.demo.exhibit import Exhibit, Side
 from fdml.errors import InputError
@@ -162,7 +162,6 @@ class Lab:
 
     exhibit: Exhibit
     _curves: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @cached_property
     def models(self) -> dict[str, Frozen]:
@@ -329,20 +328,21 @@ class Lab:
         values = around(self.usual_eps(norm), norm)
         found: dict[str, list[tuple[float, float]]] = {}
         for side in self.exhibit.sides:
-            if stop is not None and stop.is_set():
-                return
-            with self._lock:
-                if (side.key, norm) not in self._curves:
-                    stands = curve(
-                        self.models[side.key],
-                        x,
-                        y,
-                        norm,
-                        values,
-                        generator=Streams.of(torch.arange(len(x)), 0, "curve"),
-                    )
-                    shares = stands.float().mean(1).tolist()
-                    self._curves[side.key, norm] = list(zip(values, shares, strict=True))
+            if (side.key, norm) not in self._curves:
+                model = self.models[side.key]
+
+                def watched(images: Tensor, model: Frozen = model) -> Tensor:
+                    if stop is not None and stop.is_set():
+                        raise Ended
+                    return model(images)
+
+                streams = Streams.of(torch.arange(len(x)), 0, "curve")
+                try:
+                    stands = curve(watched, x, y, norm, values, generator=streams)
+                except Ended:
+                    return
+                shares = stands.float().mean(1).tolist()
+                self._curves[side.key, norm] = list(zip(values, shares, strict=True))
             found[side.key] = self._curves[side.key, norm]
             yield dict(found)
 
