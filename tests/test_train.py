@@ -227,7 +227,7 @@ def start(out: Path, *options: str) -> subprocess.Popen:
 def test_a_killed_run_ends_with_the_same_weights(finished: Path, tmp_path: Path, progress: str) -> None:
     out = tmp_path / "killed"
     process = start(out)
-    for _ in range(1200):
+    for _ in range(6000):
         if (out / progress).exists() or process.poll() is not None:
             break
         time.sleep(0.02)
