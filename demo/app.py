@@ -3,6 +3,7 @@
 import inspect
 import random
 import signal
+import socket
 import tempfile
 import threading
 import traceback
@@ -433,7 +434,7 @@ def launch(exhibits: Sequence[Exhibit], *, host: str, port: int, open_browser: b
     try:
         _, local, _ = app.launch(
             server_name=host,
-            server_port=port or None,
+            server_port=port or _free_port(host),
             share=False,
             inbrowser=open_browser,
             prevent_thread_lock=True,
@@ -451,6 +452,12 @@ def launch(exhibits: Sequence[Exhibit], *, host: str, port: int, open_browser: b
         raise InputError(f"port {port} of {host} cannot be taken ({error}): choose another with --port") from None
     threading.Thread(target=labs.warm, name="fdml-warm", daemon=True).start()
     return local.rstrip("/")
+
+
+def _free_port(host: str) -> int:
+    """A port that nobody has: gradio's own choice counts up from 7860, where two that start at once meet."""
+    with socket.create_server((host, 0)) as listener:
+        return listener.getsockname()[1]
 
 
 def wait() -> None:

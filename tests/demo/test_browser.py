@@ -213,7 +213,7 @@ def test_an_example_is_kept_as_files(visitor: Visitor, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_nothing_serious_is_in_the_way_of_people_with_disabilities(browser: Browser, address: str, scheme: str) -> None:
     visitor = Visitor(browser, address, color_scheme=scheme, reduced_motion="reduce")
     visitor.attack()

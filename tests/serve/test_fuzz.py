@@ -148,7 +148,7 @@ def test_every_answer_is_as_the_document_has_it(server: LiveServer) -> None:
 def check(operation: Any, mode: GenerationMode, address: str) -> None:
     """Requests to one operation, such as its document allows or such as it does not."""
 
-    @settings(max_examples=5, suppress_health_check=SLOW)
+    @settings(max_examples=3, suppress_health_check=SLOW)
     @given(operation.as_strategy(generation_mode=mode), st.sampled_from(NAMES), st.sampled_from(["1", "2"]))
     def ask(case: Any, model: str, version: str) -> None:
         case.path_parameters.update({"model": model, "version": version})
