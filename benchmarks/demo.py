@@ -11,7 +11,6 @@ pairs   accuracy of the shipped models under PGD-50x3 at the demo's eps: on the 
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -86,12 +85,13 @@ _WATCH = """
 def click(_options: argparse.Namespace) -> list[dict[str, Any]]:
     from playwright.sync_api import sync_playwright
 
-    browser = next((f for n in ("chromium", "chromium-browser", "google-chrome") if (f := shutil.which(n))), None)
-    if browser is None:
+    from fdml.demo.browser import ARGUMENTS, BROWSER
+
+    if BROWSER is None:
         raise SystemExit("--part click needs Chromium")
     found: list[list[float]] = []
     with demo(), sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
+        opened = driver.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
         page = opened.new_page(viewport={"width": 1280, "height": 900})
         page.goto(f"http://127.0.0.1:{PORT}/")
         page.locator("#compare .fd-side").first.wait_for(timeout=60_000)

@@ -2,6 +2,8 @@
 
 import base64
 import binascii
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from fdml.demo.quick import endpoint_of, gr
 from fdml.errors import InputError
 
 if TYPE_CHECKING:
-    from fdml.demo.app import Labs
+    from fdml.demo.labs import Labs
 
 MAX_PICTURE = 8 << 20
 """Bytes of a picture that is given as text."""
@@ -176,15 +178,13 @@ def _check(
                 raise InputError(f"{name} must be {kind}, got {str(value)[:40]!r}")
 
 
-class _told:  # noqa: N801 — used as a function
+@contextmanager
+def _told() -> Iterator[None]:
     """Turns what is wrong with an input into an error that a client is shown."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if isinstance(error, InputError):
-            raise gr.Error(str(error), print_exception=False) from None
+    try:
+        yield
+    except InputError as error:
+        raise gr.Error(str(error), print_exception=False) from None
 
 
 def _answer(exhibit: Exhibit, seen: Any) -> dict[str, Any]:
@@ -197,16 +197,11 @@ def _answer(exhibit: Exhibit, seen: Any) -> dict[str, Any]:
 def _faced(exhibit: Exhibit, faced: Any) -> dict[str, Any]:
     from fdml.showing import pixels
 
-    delta = (faced.attacked.x - faced.clean.x).numpy()
     return {
         "label": exhibit.classes[faced.label],
         "before": _answer(exhibit, faced.clean),
         "after": _answer(exhibit, faced.attacked),
         "fooled": faced.attacked.answer != faced.label,
-        "distances": {
-            "linf": float(np.abs(delta).max()),
-            "l2": float(np.sqrt((delta**2).sum())),
-            "l1": float(np.abs(delta).sum()),
-        },
-        "picture": pixels(faced.attacked.x.numpy(), max(delta.shape)),
+        "distances": faced.distances,
+        "picture": pixels(faced.attacked.x.numpy(), max(faced.attacked.x.shape)),
     }

@@ -8,19 +8,18 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, wraps
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fdml import pictures
 from fdml.demo import api, choices, page, visit
 from fdml.demo.exhibit import Exhibit
-from fdml.demo.quick import Base, gr
+from fdml.demo.labs import Labs
+from fdml.demo.quick import gr
+from fdml.demo.theme import theme
 from fdml.demo.visit import Stops, Visit
 from fdml.errors import InputError
-
-if TYPE_CHECKING:
-    from fdml.demo.lab import Lab
 
 HERE = Path(__file__).parent
 TOGETHER = 4
@@ -40,37 +39,6 @@ element.addEventListener('click', (event) => {
 _STATUS = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
 _ANY = "any other class"
 _UNKNOWN = "the model's own answer"
-
-
-class Labs:
-    """The labs of the exhibits by name. They need torch, and are made in the background while the page is served."""
-
-    def __init__(self, exhibits: Sequence[Exhibit]) -> None:
-        self.exhibits = {exhibit.name: exhibit for exhibit in exhibits}
-        self._lock = threading.Lock()
-
-    @cached_property
-    def _made(self) -> "dict[str, Lab]":
-        import torch
-
-        from fdml.demo.lab import Lab
-
-        # Two models are attacked at once, and often for several visitors: more threads each would be in their own way.
-        torch.set_num_threads(max(1, pictures.cpus() // 2))
-        return {name: Lab(exhibit) for name, exhibit in self.exhibits.items()}
-
-    def __getitem__(self, name: str) -> "Lab":
-        if name not in self.exhibits:
-            raise InputError(f"unknown models {name!r}: one of {', '.join(self.exhibits)}")
-        with self._lock:
-            lab = self._made[name]
-            lab.models  # noqa: B018 — loaded here, by one visitor for all
-        return lab
-
-    def warm(self) -> None:
-        """Makes all of them."""
-        for name in self.exhibits:
-            self[name]
 
 
 def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
@@ -196,9 +164,6 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
 
         looking = [seen, thumbs, label, verdict, compare, details, keep]
 
-        def opened(now: Visit) -> tuple[Any, ...]:
-            return looked(now)
-
         def chosen(now: Visit, event: gr.EventData) -> tuple[Any, ...]:
             exhibit = labs.exhibits[now.exhibit]
             place = int(event.place)  # pyright: ignore[reportAttributeAccessIssue]
@@ -306,7 +271,7 @@ def build(exhibits: Sequence[Exhibit]) -> tuple[gr.Blocks, Labs]:
         quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         slow = quick | {"concurrency_limit": TOGETHER, "concurrency_id": "compute"}
         in_place = _said(verdict, looking)
-        app.load(in_place(opened), seen, looking, **quick)
+        app.load(in_place(looked), seen, looking, **quick)
         thumbs.click(in_place(chosen), seen, looking, **quick)
         another.click(in_place(other), seen, looking, **quick)
         upload.upload(in_place(uploaded), [seen, upload], looking, **quick)
@@ -398,30 +363,6 @@ def _said(place: Any, outputs: Sequence[Any], again: tuple[Any, Any] | None = No
         return plain
 
     return wrapped
-
-
-def theme() -> Base:
-    """Our colours and the system's own fonts: nothing is loaded from elsewhere."""
-    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-    mono = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
-    return Base(primary_hue="blue", neutral_hue="gray", font=fonts, font_mono=mono).set(
-        button_primary_background_fill="#00639c",
-        button_primary_background_fill_dark="#00639c",
-        button_primary_background_fill_hover="#004f7d",
-        button_primary_background_fill_hover_dark="#0077bb",
-        button_primary_text_color="#ffffff",
-        button_primary_text_color_dark="#ffffff",
-        color_accent="#00639c",
-        slider_color="#00639c",
-        slider_color_dark="#74c3f7",
-        checkbox_background_color_selected="#00639c",
-        checkbox_background_color_selected_dark="#00639c",
-        body_text_color_subdued="#565d6b",
-        body_text_color_subdued_dark="#b1b8c6",
-        block_label_text_color="#1b1f27",
-        block_label_text_color_dark="#eceff4",
-        block_info_text_color="#565d6b",
-    )
 
 
 def launch(exhibits: Sequence[Exhibit], *, host: str, port: int, open_browser: bool = False) -> str:

@@ -163,6 +163,8 @@ def _opened(
     title: str, files: Sequence[Path], reports: Sequence[Path], data: str | None, data_dir: Path | None
 ) -> Exhibit:
     for file in files:
+        if not file.suffix and not file.exists():
+            raise InputError(f"{file} does not exist: give a .safetensors file or a run folder")
         if file.suffix != ".safetensors":
             raise InputError(f"{file} gives no gradients to attack with: give a .safetensors file or a run folder")
     keys = ("clean", "defended") if len(files) == 2 else ("defended",)

@@ -21,7 +21,7 @@ from fdml.certify.smoothing import ALPHA, SELECTION, Smoother
 from fdml.checkpoint import load
 from fdml.craft import whole_levels
 from fdml.demo.attempt import Attempt, Ended, Look, streams
-from fdml.demo.choices import MAX_SAMPLES, MAX_STEPS, METHODS, USUAL_STEPS, WHOM, usual_eps
+from fdml.demo.choices import MAX_SAMPLES, MAX_STEPS, METHODS, NORMS, USUAL_STEPS, WHOM, usual_eps
 from fdml.demo.exhibit import Exhibit, Side
 from fdml.errors import InputError
 from fdml.evaluate.curve import around, curve
@@ -108,6 +108,11 @@ class Faced:
     attacked: Seen
     label: int
     trace: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """How far the attacked picture is from the clean one, in each norm."""
+        return {norm: float(Threat(norm, 0.0).distance(self.attacked.x[None], self.clean.x[None])) for norm in NORMS}
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _side(faced: "Faced", exhibit: Exhibit, threat: "Threat | None", state: str)
     if threat is not None:
         delta = (after.x - before.x).numpy()
         scale = magnification([delta], threat)
-        sizes = {"linf": np.abs(delta).max(), "l2": np.sqrt((delta**2).sum()), "l1": np.abs(delta).sum()}
+        sizes = faced.distances
         shown = ", ".join(f"{norm} {size:.3g}" for norm, size in sizes.items())
         now = words.said(classes[after.answer], after.confidence)
         pictures += [

@@ -7,7 +7,6 @@ It needs playwright (in the dev extra) and a Chromium of the system.
 
 import argparse
 import io
-import shutil
 from pathlib import Path
 
 from PIL import Image
@@ -15,6 +14,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from fdml.demo import exhibit
 from fdml.demo.app import launch
+from fdml.demo.browser import ARGUMENTS, BROWSER
 from fdml.files import write_whole
 
 WAIT = 60_000
@@ -54,6 +54,7 @@ def take(address: str, browser: Browser, out: Path) -> None:
     page = _page(browser, address, 1240, 900, "light")
     page.get_by_role("tab", name="Certify").click()
     page.locator("#prove").click()
+    page.locator("#halt-proof:enabled").wait_for()
     page.locator("#halt-proof:disabled").wait_for(timeout=2 * WAIT)
     page.wait_for_timeout(500)
     page.evaluate("window.scrollTo(0, 0)")
@@ -71,11 +72,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     chosen = parser.parse_args()
-    found = next((f for n in ("chromium", "chromium-browser", "google-chrome") if (f := shutil.which(n))), None)
-    if found is None:
+    if BROWSER is None:
         raise SystemExit("no Chromium on this machine")
     served = launch(exhibit.shipped(), host="127.0.0.1", port=0)
     with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        opened = driver.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
         take(served, opened, chosen.out)
         opened.close()

@@ -1,6 +1,6 @@
 """The teacher's side: what it says of a clean image, computed once where no augmentation changes the image."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -27,12 +27,13 @@ class Advice(NamedTuple):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A fixed model whose answers guide the student. ``cache`` holds its answers to every training image, or
-    nothing."""
+    """A fixed model whose answers guide the student. ``cache`` holds its answers to every training image, or nothing.
+    ``sees_attacks``: it also answers the adversarial images."""
 
     model: RobustModel
     layers: tuple[str, ...]
     cache: Advice | None
+    sees_attacks: bool = False
 
     @classmethod
     def of(cls, model: RobustModel, recipe: Recipe, train: Split) -> "Teacher":
@@ -46,7 +47,7 @@ class Teacher:
                 raise unknown("layer in fd_layers", layer, model.tap_names)
         if recipe.ml:
             layers.add(model.tap_names[-1])
-        teacher = cls(model, tuple(sorted(layers)), None)
+        teacher = cls(model, tuple(sorted(layers)), None, recipe.base == "hat")
         if recipe.augmentations or not isinstance(train, Arrays):
             return teacher
         # One batch tells how large the whole would be.
@@ -57,7 +58,8 @@ class Teacher:
             return teacher
         answers = [teacher.advise(batch.x) for batch in train.batches(parts)]
         taps = {layer: torch.cat([answer.taps[layer] for answer in answers]) for layer in layers}
-        return cls(model, teacher.layers, Advice(torch.cat([answer.logits for answer in answers]), taps))
+        cache = Advice(torch.cat([answer.logits for answer in answers]), taps)
+        return replace(teacher, cache=cache)
 
     def advise(self, x: Tensor, index: Tensor | None = None) -> Advice:
         """The answers to clean images ``x``, which are the training images ``index`` where that is known."""
@@ -67,10 +69,12 @@ class Teacher:
             seen = self.model.outputs(x.contiguous(memory_format=torch.channels_last))
         return Advice(seen.logits, {name: seen.taps[name] for name in self.layers})
 
-    def answers(self, x: Tensor) -> Tensor:
-        """The logits (b, classes) of any images."""
+    def advise_beside(self, advice: Advice, x_adv: Tensor) -> Advice:
+        """The same advice, with the logits of the adversarial images where the method asks for them."""
+        if not self.sees_attacks:
+            return advice
         with inference(self.model), torch.no_grad():
-            return self.model(x.contiguous(memory_format=torch.channels_last))
+            return advice._replace(adversarial=self.model(x_adv.contiguous(memory_format=torch.channels_last)))
 
 
 class Guided(nn.Module):

@@ -115,6 +115,8 @@ class Recipe:
                 raise InputError(f"{field}={value} is out of range: it must be {wanted}")
         if self.ibp and (self.norm != "linf" or self.sigma or self.compile):
             raise InputError(f"ibp={self.ibp} needs norm=linf, sigma=0 and compile=false")
+        if self.base == "rslad" and (self.attack != "pgd" or self.sigma):
+            raise InputError("base=rslad needs attack=pgd and sigma=0: its inner attack is its own")
 
     @property
     def needs_teacher(self) -> bool:

@@ -146,6 +146,8 @@ def reproduce(
     table = replace(table, rows=tuple(rows) or table.rows, seeds=seeds or table.seeds, keys=(*table.keys, *keys))
     console = console or Console(quiet=True)
     world = World.join(device)
+    if world.size > 1:
+        raise InputError("a table is run by one process: start it without torchrun")
     found = []
     chosen = {row: _recipe(row, table) for row in table.rows}
     for recipe in chosen.values():

@@ -183,8 +183,8 @@ def estimate(recipe: Recipe, data: DataSet, world: World) -> float:
         x, start = (part.contiguous(memory_format=torch.channels_last) for part in (x, start))
         advice = guide.advise(x, None if recipe.augmentations else index[:count]) if guide else None
         x_adv = inner_attack(recipe, learner.attacked, x, start, y[:count], inner, advice=advice)
-        if guide and advice and recipe.base == "hat":
-            advice = advice._replace(adversarial=guide.answers(x_adv))
+        if guide and advice:
+            advice = guide.advise_beside(advice, x_adv)
         float(learner.step(x, x_adv, y[:count], advice, 0.5)["loss"])  # a number has to wait for the device
         return world.mean({"seconds": time.monotonic() - began})["seconds"]
 

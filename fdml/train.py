@@ -161,8 +161,8 @@ def fit(
                 x, start = (images.contiguous(memory_format=torch.channels_last) for images in (x, start))
                 advice = guide.advise(x, None if recipe.augmentations else index) if guide else None
                 x_adv = inner_attack(recipe, learner.attacked, x, start, y, inner, noise, advice)
-                if guide and advice and recipe.base == "hat":
-                    advice = advice._replace(adversarial=guide.answers(x_adv))
+                if guide and advice:
+                    advice = guide.advise_beside(advice, x_adv)
                 if noise is not None:
                     x, x_adv, y, advice = see_through(noise, x, x_adv, y, advice)
                 done = (epoch * steps + step) / (recipe.epochs * steps)

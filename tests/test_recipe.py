@@ -317,3 +317,9 @@ def test_what_needs_a_teacher(change: dict[str, typing.Any], needs: bool) -> Non
 def test_lists_in_a_field(text: str, names: tuple[str, ...]) -> None:
     assert dataclasses.replace(BASE, augment=text).augmentations == names
     assert dataclasses.replace(BASE, fd_layers=" stage2 ,stage3,").layers == ("stage2", "stage3")
+
+
+@pytest.mark.parametrize("change", [{"attack": "none"}, {"attack": "n-fgsm"}, {"sigma": 0.25}])
+def test_what_the_inner_attack_of_rslad_would_ignore_is_refused(change: dict[str, typing.Any]) -> None:
+    with pytest.raises(InputError, match="base=rslad needs attack=pgd and sigma=0"):
+        dataclasses.replace(recipe("rslad"), **change)

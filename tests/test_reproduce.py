@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import call
 
 from fdml.errors import InputError
 from fdml.evaluate.suites import step
 from fdml.recipes import RECIPES
 from fdml.reproduce import TABLES, Outcome, markdown, reproduce, smoke
+from fdml.world import World
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -81,3 +83,9 @@ def test_means_and_deviations_are_over_the_seeds() -> None:
     text = markdown([one, replace(one, seed=1, worst=0.54, seconds=20.0), replace(one, row="pgd-at")])
     assert "| fdml | 2 | 80.0 ± 0.0 | 50.0 ± 0.0 | 70.0 ± 0.0 | 52.0 ± 2.8 | 15 |" in text
     assert "| pgd-at | 1 | 80.0 | 50.0 | 70.0 | 50.0 | 10 |" in text
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "join", lambda device: World(0, 2, torch.device("cpu")))
+    with pytest.raises(InputError, match="start it without torchrun"):
+        reproduce("digits", tmp_path, small=True)

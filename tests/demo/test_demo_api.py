@@ -14,7 +14,7 @@ from PIL import Image
 
 from fdml.demo import api
 from fdml.demo.api import MAX_PICTURE, picture
-from fdml.demo.app import Labs
+from fdml.demo.labs import Labs
 from fdml.demo.quick import gr
 from fdml.errors import InputError
 

@@ -293,3 +293,8 @@ def test_every_method_has_usual_steps_and_every_norm_an_eps() -> None:
     bound = replace(side, card=replace(side.card, threat={"norm": "l2", "eps": 2.0}))
     assert usual_eps("l2", replace(DIGITS, sides=(bound,))) == 2.0
     assert usual_eps("linf", replace(DIGITS, sides=(bound,))) == 0.1
+
+
+def test_a_folder_that_is_not_there_is_said_not_to_exist(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere does not exist: give a .safetensors file or a run folder"):
+        opened([tmp_path / "nowhere"])
