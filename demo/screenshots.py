@@ -51,7 +51,7 @@ def take(address: str, browser: Browser, out: Path) -> None:
         _attacked(page)
         _saved(page, out / f"{name}.png")
         page.close()
-    page = _page(browser, address, 1240, 900, "light")
+    page = _page(browser, address, 1240, 960, "light")
     page.get_by_role("tab", name="Certify").click()
     page.locator("#prove").click()
     page.locator("#halt-proof:enabled").wait_for()
