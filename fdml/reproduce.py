@@ -31,12 +31,11 @@ from fdml.evaluate.suites import CASCADES, LABELS
 from fdml.files import write_whole
 from fdml.models import Frozen
 from fdml.randomness import Generator
-from fdml.recipe import Recipe, override
+from fdml.recipe import Recipe, from_dict, override
 from fdml.recipes import recipe as named
 from fdml.run import Run
 from fdml.threat import Threat
-from fdml.train import fit
-from fdml.train import train as train_run
+from fdml.train import fit, teach
 from fdml.world import World
 
 METHODS = (
@@ -101,8 +100,9 @@ SMOKE_IMAGES = 256
 class Outcome:
     """One row of one seed: accuracies as fractions of ``n`` test images, and what they cost.
 
-    ``worst`` has the images that withstand every attack of its kind; ``seconds`` are wall time of the student's
-    training, the teacher's not among them.
+    ``white``, ``gray``, ``black`` and ``worst`` count the images that withstand every attack of the kind. ``seconds``
+    are what the student's training took, the teacher's not among them: of all processors together on a CPU, of wall
+    time on a GPU; None for a run that was stopped and went on.
     """
 
     row: str
@@ -114,7 +114,7 @@ class Outcome:
     gray: float | None
     black: float | None
     worst: float
-    seconds: float
+    seconds: float | None
     recipe: dict[str, Any]
     hardware: str
     versions: dict[str, str]
@@ -178,16 +178,22 @@ def _one(row: str, recipe: Recipe, table: Table, data: DataSet, out: Path, world
     asked = {"row": row, "recipe": recipe.to_dict(), "n": min(table.limit, len(data.test))}
     if result.exists():
         kept = json.loads(result.read_text(encoding="utf-8"))
+        # A key that came later than the run has its default, which is what the run had.
+        kept["recipe"] = from_dict(kept["recipe"]).to_dict()
         if {name: kept.get(name) for name in asked} != asked:
             raise InputError(f"{folder} holds a run of other settings: name another folder with --out")
         return Outcome(**kept)
     teacher = _teacher(recipe, data, out, world, console)
-    began = time.monotonic()
     shared = teacher if recipe.needs_teacher and recipe.teacher_kind == "clean" else None
-    begun = (folder / "recipe.json").exists()
-    train_run(recipe, data, folder, teacher=shared, resume=begun, device=str(world.device))
-    seconds = time.monotonic() - began
-    outcome = judge(row, recipe, table, data, Run(folder).model("student"), teacher, seconds, world)
+    data, run = data.to(world.device), Run(folder)
+    run.begin(recipe, {"name": data.name, "fingerprint": data.fingerprint}, resume=True, overwrite=False)
+    guide = teach(recipe, data, run, world, shared, console) if recipe.needs_teacher else None
+    whole = not run.state("student").exists()
+    clock = time.process_time if world.device.type == "cpu" else time.monotonic
+    began = clock()
+    fit(recipe, data, run, world, "student", guide, console)
+    seconds = round(clock() - began, 1) if whole else None
+    outcome = judge(row, recipe, table, data, run.model("student"), teacher, seconds, world)
     write_whole(result, json.dumps(asdict(outcome), indent=1) + "\n")
     return outcome
 
@@ -219,7 +225,7 @@ def judge(
     data: DataSet,
     student: Path,
     teacher: Path,
-    seconds: float,
+    seconds: float | None,
     world: World,
 ) -> Outcome:
     """Attacks one student on the first test images: white-box, gray-box from the teacher, and by queries."""
@@ -248,7 +254,7 @@ def judge(
         together([f"gray {name}" for name in table.gray]),
         together(table.black),
         shares["worst"],
-        round(seconds, 1),
+        seconds,
         recipe.to_dict(),
         _hardware(world),
         {"fdml": fdml.__version__, "torch": torch.__version__},
@@ -295,7 +301,8 @@ def _cells(row: str, found: Sequence[Outcome], attacks: Sequence[str]) -> Iterat
         yield _percent([each.accuracies[name] for each in found])
     yield _percent([each.gray for each in found if each.gray is not None])
     yield _percent([each.worst for each in found])
-    yield f"{statistics.mean(each.seconds for each in found):.0f}"
+    seconds = [each.seconds for each in found if each.seconds is not None]
+    yield f"{statistics.mean(seconds):.0f}" if seconds else "-"
 
 
 def _percent(shares: Sequence[float]) -> str:

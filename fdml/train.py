@@ -81,16 +81,7 @@ def train(
     world.barrier()
     data = data.to(world.device)
 
-    guide = None
-    if recipe.needs_teacher:
-        if teacher is None:
-            model = fit(recipe.teacher(), data, run, world, "teacher", None, console, make)
-        else:
-            check_teacher(teacher, data)
-            model = load(teacher, device=world.device, model=make() if make else None)
-            if world.leads:
-                save(model, read_card(teacher), run.model("teacher"))
-        guide = Teacher.of(model, recipe, data.train)
+    guide = teach(recipe, data, run, world, teacher, console, make) if recipe.needs_teacher else None
     student = fit(recipe, data, run, world, "student", guide, console, make)
 
     summary: dict = {}
@@ -99,6 +90,26 @@ def train(
         summary = write_report(run, recipe, data, threat, models, began=began, console=console)
     world.leave()
     return summary
+
+
+def teach(
+    recipe: Recipe,
+    data: DataSet,
+    run: Run,
+    world: World,
+    teacher: str | Path | None,
+    console: Console,
+    make: Make | None = None,
+) -> Teacher:
+    """The recipe's teacher, trained first or, where a model file is named, taken from there; kept in the run folder."""
+    if teacher is None:
+        model = fit(recipe.teacher(), data, run, world, "teacher", None, console, make)
+    else:
+        check_teacher(teacher, data)
+        model = load(teacher, device=world.device, model=make() if make else None)
+        if world.leads:
+            save(model, read_card(teacher), run.model("teacher"))
+    return Teacher.of(model, recipe, data.train)
 
 
 def fit(
