@@ -24,14 +24,14 @@ from rich.table import Table
 from stock import plain
 from torch import Tensor, nn
 
-from fdml.adversary import inner_attack
-from fdml.data.dataset import Arrays
+from fdml.data.dataset import Arrays, Batch
 from fdml.guidance import Guided, Teacher
 from fdml.inference import inference
 from fdml.learner import Learner
 from fdml.models import RobustModel, build
 from fdml.recipes import recipe
 from fdml.threat import Threat
+from fdml.train_batch import draw, prepare
 from fdml.world import World
 
 
@@ -67,15 +67,12 @@ def our_step(name: str, model: RobustModel, x: Tensor, y: Tensor, eps: float, st
         images = Arrays((x * 255).byte(), y)
         guide = Teacher.of(teacher, chosen, images)
     learner = Learner(chosen, Guided(model, guide, x[:2]), world)
-    index = torch.arange(len(x))
+    index, generator = torch.arange(len(x)), torch.Generator().manual_seed(0)
     model.train()
 
     def step() -> None:
-        images = x.contiguous(memory_format=torch.channels_last)
-        start = threat.random(images)
-        x_adv = inner_attack(chosen, model, images, start, y, threat)
-        advice = guide.advise(images, index) if guide else None
-        learner.step(images, x_adv, y, advice, 0.1)
+        drawn = draw(chosen, Batch(index, x, y), 10, threat, generator)
+        learner.step([prepare(chosen, model, guide, threat, drawn, (drawn.x, drawn.y))], 0.1)
 
     return step
 

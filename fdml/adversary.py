@@ -6,17 +6,14 @@ import torch
 from torch import Tensor
 
 from fdml.attacks import n_fgsm, pgd
-from fdml.attacks.objective import CHUNK, look
+from fdml.attacks.objective import CHUNK, Objective, answer
 from fdml.guidance import Advice
 from fdml.inference import inference
 from fdml.losses import kl_divergence
-from fdml.recipe import Recipe
+from fdml.recipe import BY_KL, Recipe
 from fdml.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
-
-_BY_KL = ("trades", "hat", "rslad")
-"""The bases whose inner attack ascends a KL divergence: from the student's answer to x or, rslad, the teacher's."""
 
 
 def attack_start(recipe: Recipe, x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
@@ -25,7 +22,7 @@ def attack_start(recipe: Recipe, x: Tensor, threat: Threat, generator: torch.Gen
         return x
     if recipe.attack == "n-fgsm":
         return x + torch.empty_like(x).uniform_(-2 * threat.eps, 2 * threat.eps, generator=generator)
-    if recipe.base in _BY_KL:
+    if recipe.base in BY_KL:
         # The KL has no gradient at the clean image itself; the published codes start a hair beside it.
         return (x + 0.001 * torch.empty_like(x).normal_(generator=generator)).clamp_(0, 1)
     return threat.random(x, generator)
@@ -65,20 +62,20 @@ def inner_attack(
     threat: Threat,
     noise: Tensor | None = None,
     advice: Advice | None = None,
+    goal: Tensor | None = None,
 ) -> Tensor:
     """Adversarial images of ``x`` against ``model`` as it is: gradients of the input alone, BatchNorm in eval mode.
 
+    ``y`` are labels (b,) or distributions (b, classes). With ``goal`` (b,) the attack is on the cross-entropy to these
+    classes, which it lowers.
     With ``noise`` (copies, b, c, h, w) the attack is on the mean of the softmax over the draws, the very ones that the
     student will learn through (SmoothAdv, Salman et al. 2019).
     """
     if recipe.attack == "none":
         return x
     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        if recipe.base == "rslad":
-            assert advice is not None
-            return _away(recipe, model, x, start, advice.logits, threat)
         if noise is None:
-            return _attack(recipe, model, x, start, y, threat)
+            return _attack(recipe, model, x, start, y, threat, advice, goal)
         # An image keeps its noise: parts that the attack looks at whole.
         rows = max(1, CHUNK // len(noise)) if x.device.type == "cpu" else len(x)
         with inference(model):
@@ -86,22 +83,33 @@ def inner_attack(
             return torch.cat([_attack(recipe, _smoothed(model, n), part, s, t, threat) for n, part, s, t in parts])
 
 
-def _attack(recipe: Recipe, model: Model, x: Tensor, start: Tensor, y: Tensor, threat: Threat) -> Tensor:
+def most_confused(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    """The wrong class (b,) that the model as it is holds most likely for each clean image."""
+    with inference(model):
+        return answer(model, x).scatter(1, y[:, None], -torch.inf).argmax(1)
+
+
+def _attack(
+    recipe: Recipe,
+    model: Model,
+    x: Tensor,
+    start: Tensor,
+    y: Tensor,
+    threat: Threat,
+    advice: Advice | None = None,
+    goal: Tensor | None = None,
+) -> Tensor:
     if recipe.attack == "n-fgsm":
         return n_fgsm(model, x, y, threat, start=start)
-    step_size = recipe.attack_step * threat.eps
-    steps = recipe.attack_steps
-    objective = "kl" if recipe.base in _BY_KL else "ce"
-    return pgd(model, x, y, threat, steps=steps, step_size=step_size, objective=objective, start=start, keep="last")
-
-
-def _away(recipe: Recipe, model: Model, x: Tensor, start: Tensor, answer: Tensor, threat: Threat) -> Tensor:
-    """PGD on KL(answer ‖ S(x')), the answer being a teacher's to x (Zi et al. 2021, eq. 5)."""
-    with inference(model):
-        for _ in range(recipe.attack_steps):
-            _, _, grad = look(model, start, answer, lambda logits, answer: kl_divergence(answer, logits))
-            start = threat.project(threat.ascend(start, grad, recipe.attack_step * threat.eps), x)
-    return start
+    objective: str | Objective = "kl" if recipe.base in BY_KL else "ce"
+    if recipe.base == "rslad":  # away from the teacher's answer to x (Zi et al. 2021, eq. 5)
+        assert advice is not None
+        y, objective = advice.logits, lambda logits, answer: kl_divergence(answer, logits)
+    steps, step_size = recipe.attack_steps, recipe.attack_step * threat.eps
+    return pgd(
+        model, x, y, threat, steps=steps, step_size=step_size, objective=objective, target=goal, start=start,
+        keep="last",
+    )  # fmt: skip
 
 
 def _smoothed(model: Model, noise: Tensor) -> Model:

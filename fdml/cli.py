@@ -49,6 +49,10 @@ _EXTRAS = {
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no tables, no progress.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the data set's files; looked in first.")]
+Extra = Annotated[
+    str | None,
+    typer.Option(metavar="npz:FILE", help="More training images, generated ones say; recipe key extra_share."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the default is a GPU where there is one.")]
 
 
@@ -78,6 +82,7 @@ def train(
     size: Annotated[int | None, typer.Option(help="Side in pixels, for folder: and hf: data.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. (default: runs/RECIPE-DATA)")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key.")] = None,
+    extra: Extra = None,
     teacher: Annotated[Path | None, typer.Option(help="A model file to take as the teacher.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run folder stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
@@ -106,6 +111,10 @@ def train(
     if teacher is not None:
         fdml.read_card(teacher)
     loaded = load(data or "digits", data_dir=data_dir, size=size, val_fraction=chosen.val_fraction)
+    if extra is not None:
+        from fdml.data.extra import extend
+
+        loaded = extend(loaded, extra)
     console = None if as_json else _console()
     summary = start(
         chosen, loaded, out, teacher=teacher, resume=resume, overwrite=overwrite, device=device, console=console
@@ -261,7 +270,8 @@ def attack(
 
 @app.command(
     epilog="Examples:  fdml reproduce  |  fdml reproduce fashion-mnist --data-dir ~/data  |"
-    "  fdml reproduce digits --smoke --row pgd-at --row fdml  |  fdml reproduce mnist --row trades:epochs=3"
+    "  fdml reproduce digits --smoke --row pgd-at --row fdml  |  fdml reproduce mnist --row trades:epochs=3  |"
+    "  fdml reproduce cifar10-linf --set architecture=wrn-28-10"
 )
 def reproduce(
     table: Annotated[str | None, typer.Argument(help="A table's name; without one they are listed.")] = None,
@@ -273,7 +283,9 @@ def reproduce(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of every row.")
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Toy size: minutes, and no figure to believe.")] = False,
+    data: Annotated[str | None, typer.Option(help="A data set in the place of the table's own.")] = None,
     data_dir: DataDir = None,
+    extra: Extra = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs. (default: runs/reproduce-TABLE)")] = None,
     device: Device = None,
     as_json: Json = False,
@@ -293,7 +305,9 @@ def reproduce(
         seeds=seeds,
         keys=set_ or (),
         small=smoke,
+        source=data,
         data_dir=data_dir,
+        extra=extra,
         device=device,
         console=None if as_json else _console(),
     )

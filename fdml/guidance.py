@@ -39,7 +39,7 @@ class Teacher:
     def of(cls, model: RobustModel, recipe: Recipe, train: Split) -> "Teacher":
         """The teacher for a recipe, with its answers to the training images cached where that is sound and small.
 
-        Raises ``InputError`` for a layer in ``fd_layers`` that the teacher does not have.
+        Raises ``InputError`` for a layer in ``fd_layers``, or one that the base needs, that the teacher does not have.
         """
         layers = {*recipe.layers} if recipe.fd else set()
         for layer in layers:
@@ -47,6 +47,10 @@ class Teacher:
                 raise unknown("layer in fd_layers", layer, model.tap_names)
         if recipe.ml:
             layers.add(model.tap_names[-1])
+        if recipe.base == "agkd-bml":
+            if len(model.tap_names) < 2:
+                raise InputError("base=agkd-bml needs a network with a spatial tap before its pooled features")
+            layers.add(model.tap_names[-2])
         teacher = cls(model, tuple(sorted(layers)), None, recipe.base == "hat")
         if recipe.augmentations or not isinstance(train, Arrays):
             return teacher
@@ -80,12 +84,16 @@ class Teacher:
 class Guided(nn.Module):
     """A student in training: its outputs, and its taps brought to the teacher's widths by 1x1 adapters.
 
-    Adapters exist only where widths differ, are trained with the student and never saved with it.
+    Adapters exist only where widths differ, are trained with the student and never saved with it. Nor is ``peer``, a
+    network that learns beside the student and from it, where the method has one.
     """
 
-    def __init__(self, model: RobustModel, teacher: Teacher | None, sample: Tensor) -> None:
+    def __init__(
+        self, model: RobustModel, teacher: Teacher | None, sample: Tensor, peer: RobustModel | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.peer = peer
         self.adapters = nn.ModuleDict()
         if teacher is None:
             return
@@ -103,8 +111,12 @@ class Guided(nn.Module):
                 adapter = nn.Conv2d(inputs, outputs, 1) if tap.ndim == 4 else nn.Linear(inputs, outputs)
                 self.adapters[layer] = adapter
 
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and every tap, adapted where the teacher's width differs."""
+    def forward(self, x: Tensor, *, peer: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and every tap, adapted where the teacher's width differs; or those of the peer, as they are."""
+        if peer:
+            assert self.peer is not None
+            beside = self.peer.outputs(x)
+            return beside.logits, beside.taps
         seen = self.model.outputs(x)
         return seen.logits, {name: self._adapt(name, tap) for name, tap in seen.taps.items()}
 

@@ -1,17 +1,18 @@
 """A model in training: one step at a time, resumable between any two."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fdml.guidance import Advice, Guided
+from fdml.guidance import Guided
 from fdml.models import RobustModel
-from fdml.objective import Terms, objective
+from fdml.objective import objective
 from fdml.recipe import Recipe
+from fdml.train_batch import TrainBatch
 from fdml.world import World
 
 
@@ -30,7 +31,8 @@ class Learner:
         self.average: RobustModel = copy.deepcopy(guided.model) if recipe.ema else guided.model
         self.steps = 0
         # Statistics are synchronised by the norm layers themselves, where the passes of one step need them.
-        runner: nn.Module = DistributedDataParallel(guided, broadcast_buffers=False) if world.size > 1 else guided
+        self.parallel = DistributedDataParallel(guided, broadcast_buffers=False) if world.size > 1 else None
+        runner: nn.Module = self.parallel or guided
         self.runner: Callable = torch.compile(runner) if recipe.compile else runner
         self.attacked: Callable = torch.compile(self.model) if recipe.compile else self.model
         # Decay is for what multiplies an activation; biases and scales of normalisation do not overfit.
@@ -43,29 +45,22 @@ class Learner:
             nesterov=recipe.momentum > 0,
         )
 
-    def step(self, x: Tensor, x_adv: Tensor, y: Tensor, advice: Advice | None, done: float) -> dict[str, Tensor]:
-        """One step of descent when the share ``done`` of training is behind; returns the terms of the loss and the
-        logs."""
+    def step(self, batches: Sequence[TrainBatch], done: float) -> dict[str, Tensor]:
+        """One step of descent, on the mean over the parts of a batch, when the share ``done`` of training is behind;
+        returns the terms of the loss and the logs, meaned alike."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, done)
-
-        def terms() -> Terms:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                return objective(recipe, self.runner, self.guided, x, x_adv, y, advice, done, self.world)
-
         if recipe.awp and done >= recipe.awp_after:
-            with self._perturbed_weights(terms):
-                found = self._backward(terms())
+            with self._perturbed_weights(batches, done):
+                values = self._backward(batches, done)
         else:
-            found = self._backward(terms())
+            values = self._backward(batches, done)
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.guided.parameters(), recipe.clip)
         self.optimizer.step()
         self._update_average()
-        return {"loss": found.total().detach()} | {
-            name: value.detach() for name, value in (found.losses | found.logs).items()
-        }
+        return values
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""
@@ -97,10 +92,22 @@ class Learner:
     def _parameters(self) -> list[nn.Parameter]:
         return list(self.guided.parameters())
 
-    def _backward(self, terms: Terms) -> Terms:
+    def _backward(self, batches: Sequence[TrainBatch], done: float) -> dict[str, Tensor]:
+        """The gradient of the mean loss over the parts, and the means of what there is to report."""
+        recipe = self.recipe
         self.optimizer.zero_grad(set_to_none=True)
-        terms.total().backward()
-        return terms
+        means: dict[str, Tensor] = {}
+        for place, batch in enumerate(batches, 1):
+            last = self.parallel is None or place == len(batches)  # gradients travel once
+            with nullcontext() if last or self.parallel is None else self.parallel.no_sync():
+                with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                    terms = objective(recipe, self.runner, self.guided, batch, done, self.world)
+                    loss = terms.total() / len(batches)
+                loss.backward()
+            logs = {name: value.detach() / len(batches) for name, value in (terms.losses | terms.logs).items()}
+            for name, value in ({"loss": loss.detach()} | logs).items():
+                means[name] = means[name] + value if name in means else value
+        return means
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -108,16 +115,23 @@ class Learner:
         if self.average is self.model:
             return
         decay = min(self.recipe.ema, (1 + self.steps) / (10 + self.steps))
-        for mean, value in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
-            mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
+        pairs = list(zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True))
+        moved = [pair for pair in pairs if pair[0].is_floating_point()]
+        # One kernel for all tensors on a GPU.
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            [mean for mean, _ in moved], [value for _, value in moved], 1 - decay
+        )
+        for mean, value in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(value)
 
     @contextmanager
-    def _perturbed_weights(self, terms: Callable[[], Terms]) -> Iterator[None]:
+    def _perturbed_weights(self, batches: Sequence[TrainBatch], done: float) -> Iterator[None]:
         """Adversarial weight perturbation (Wu et al. 2020, algorithm 1): inside the block each weight matrix stands
         moved along its gradient by awp · its own norm; after it the weights are as they were, and so are the
         statistics that the extra pass would have changed."""
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        self._backward(terms())
+        self._backward(batches, done)
         moved: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():

@@ -4,17 +4,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Logits = Float[Tensor, "b classes"]
 Labels = Int[Tensor, " b"]
 PerImage = Float[Tensor, " b"]
 Scalar = Float[Tensor, ""]
+Targets = Int[Tensor, " b"] | Float[Tensor, "b classes"]
+"""Labels, or distributions over the classes."""
 
 
-def cross_entropy(logits: Logits, y: Labels) -> PerImage:
-    """−log p_y, per image."""
+def cross_entropy(logits: Logits, y: Targets) -> PerImage:
+    """−log p_y, per image; its mean under ``y`` where that is a distribution."""
     return F.cross_entropy(logits, y, reduction="none")
 
 
@@ -65,7 +67,7 @@ def boosted_cross_entropy(logits: Logits, y: Labels) -> PerImage:
 
 
 def soft_target(
-    y: Labels,
+    y: Targets,
     classes: int,
     *,
     smoothing: float = 0.0,
@@ -76,13 +78,29 @@ def soft_target(
     """The distribution to learn: (1 − weight) · smoothed label + weight · softmax(answer / temperature).
 
     ``answer`` are the teacher's logits of the clean image: what Hinton et al. 2015 call the softened answer, here one
-    more tap of the teacher. ``smoothing`` spreads that share of the label over all classes (Szegedy et al. 2016).
+    more tap of the teacher. ``y`` may be a distribution itself, of a mixed image. ``smoothing`` spreads that share of
+    the label over all classes (Szegedy et al. 2016).
     """
-    label = torch.full((len(y), classes), smoothing / classes, device=y.device)
-    label.scatter_(1, y[:, None], 1 - smoothing + smoothing / classes)
+    if y.is_floating_point():
+        label = y * (1 - smoothing) + smoothing / classes
+    else:
+        label = torch.full((len(y), classes), smoothing / classes, device=y.device)
+        label.scatter_(1, y[:, None], 1 - smoothing + smoothing / classes)
     if answer is None or weight == 0:
         return label
     return label.lerp((answer / temperature).softmax(1), weight)
+
+
+def attention_distance(student: Tensor, teacher: Tensor) -> Scalar:
+    """The mean absolute difference of two attention maps (Wang et al. 2021, AGKD-BML): the sum of a spatial feature
+    (b, c, h, w) over its channels, brought to [0, 1] image by image."""
+
+    def attention(features: Tensor) -> Tensor:
+        seen = features.sum(1).flatten(1)
+        low, high = seen.amin(1, keepdim=True), seen.amax(1, keepdim=True)
+        return (seen - low) / (high - low).clamp(min=1e-6)
+
+    return F.l1_loss(attention(student), attention(teacher))
 
 
 def feature_distance(student: Tensor, teacher: Tensor) -> Scalar:
@@ -104,29 +122,49 @@ def triplet(
     positive: Float[Tensor, "b d"],
     candidates: Float[Tensor, "n d"],
     y: Labels,
-    confused: Labels,
+    confused: Labels | None,
     candidate_y: Int[Tensor, " n"],
+    *,
+    margin: float,
+    norm_weight: float = 1e-3,
+) -> Triplets:
+    """``ranked`` with the negative mined: the hardest (nearest) of ``candidates`` whose label is ``confused``, the
+    class that the anchor is, or is nearest to be, mistaken for.
+
+    The anchor is the adversarial image and the positive its clean self. Where the candidates hold none of the class,
+    and without ``confused``, the negative is the hardest of any class but ``y``; where they hold none of these either,
+    the image's hinge is 0. TLA (Mao et al. 2019) with the confused class of AGKD-BML (Wang et al. 2021).
+    """
+    eligible = other = candidate_y[None, :] != y[:, None]
+    if confused is not None:
+        eligible = candidate_y[None, :] == confused[:, None]
+        eligible = torch.where(eligible.any(1, keepdim=True), eligible, other)
+    with torch.no_grad():
+        similar = F.normalize(anchor, dim=1, eps=1e-6) @ F.normalize(candidates, dim=1, eps=1e-6).T
+        hardest = similar.masked_fill(~eligible, -torch.inf).argmax(1)
+    return ranked(anchor, positive, candidates[hardest], eligible.any(1), margin=margin, norm_weight=norm_weight)
+
+
+def ranked(
+    anchor: Float[Tensor, "b d"],
+    positive: Float[Tensor, "b d"],
+    negative: Float[Tensor, "b d"],
+    exists: Bool[Tensor, " b"] | None = None,
     *,
     margin: float,
     norm_weight: float = 1e-3,
 ) -> Triplets:
     """[margin + d(a, p) − d(a, n)]_+ with d = 1 − cos, plus ``norm_weight`` · mean square of the three features.
 
-    The anchor is the adversarial image and the positive its clean self. The negative is the hardest (nearest) of
-    ``candidates`` whose label is ``confused``: the class that the anchor is, or is nearest to be, mistaken for. Where
-    the candidates hold none, it is the hardest of any class but ``y``; where they hold none of these either, the
-    image's hinge is 0. TLA (Mao et al. 2019) with the confused class of AGKD-BML (Wang et al. 2021).
+    Where a negative does not exist, d(a, n) counts as 2 and the hinge as 0.
     """
-    a, p, n = (F.normalize(features, dim=1, eps=1e-6) for features in (anchor, positive, candidates))
-    similar = a @ n.T
-    eligible = candidate_y[None, :] == confused[:, None]
-    eligible = torch.where(eligible.any(1, keepdim=True), eligible, candidate_y[None, :] != y[:, None])
-    nearest, hardest = similar.masked_fill(~eligible, -torch.inf).max(1)
-    exists = eligible.any(1)
-    d_ap = 1 - (a * p).sum(1)
-    d_an = torch.where(exists, 1 - nearest, torch.full_like(nearest, 2.0))
-    hinge = F.relu(margin + d_ap - d_an) * exists
-    size = (anchor.square().mean() + positive.square().mean() + candidates[hardest].square().mean()) / 3
+    a, p, n = (F.normalize(features, dim=1, eps=1e-6) for features in (anchor, positive, negative))
+    d_ap, d_an = 1 - (a * p).sum(1), 1 - (a * n).sum(1)
+    hinge = F.relu(margin + d_ap - d_an)
+    if exists is not None:
+        d_an = torch.where(exists, d_an, torch.full_like(d_an, 2.0))
+        hinge = hinge * exists
+    size = (anchor.square().mean() + positive.square().mean() + negative.square().mean()) / 3
     return Triplets(
         hinge.mean() + norm_weight * size,
         (hinge > 0).to(hinge.dtype).mean().detach(),

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdml import losses
-from fdml.bases import BASES, Batch
-from fdml.guidance import Advice, Guided
+from fdml.bases import BASES, Step
+from fdml.guidance import Guided
 from fdml.interval import Interval, box, margins
 from fdml.models import RobustModel
 from fdml.recipe import Recipe
+from fdml.train_batch import TrainBatch
 from fdml.world import World
 
 LOGS = ("active", "d_ap", "d_an")
@@ -33,19 +34,16 @@ class Terms:
 
 def objective(
     recipe: Recipe,
-    runner: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
+    runner: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     guided: Guided,
-    x: Tensor,
-    x_adv: Tensor,
-    y: Tensor,
-    advice: Advice | None,
+    batch: TrainBatch,
     done: float,
     world: World,
 ) -> Terms:
     """The loss of one batch when the share ``done`` of training is behind.
 
     ``runner`` is ``guided``, perhaps inside DistributedDataParallel: every pass whose gradient is to be averaged over
-    processes begins there. ``x_adv`` are the adversarial images of ``x`` (for clean training, ``x`` itself).
+    processes begins there.
 
     With S the student, T the teacher and r the weight of guidance: the terms of the recipe's base (``fdml.bases``),
     then + r · fd · mean_l (1 − cos(S_l(x'), T_l(x))) + r · ml · triplet(S(x'), positive, confused negative).
@@ -53,6 +51,7 @@ def objective(
     2024); the statistics of the batch that the bounds are normalised by are those of x' (Shi et al. 2021).
     """
     terms = Terms()
+    x, x_adv, y, advice = batch.x, batch.x_adv, batch.y, batch.advice
     bounds = None
     if recipe.ibp:
         bounds, taps = runner(box(x_adv, x, box_eps(recipe, done)))
@@ -62,28 +61,28 @@ def objective(
     else:
         logits, taps = runner(x_adv)
     target = losses.soft_target(
-        y,
+        y if batch.label is None else batch.label,
         logits.shape[1],
         smoothing=recipe.label_smoothing,
         answer=advice.logits if advice else None,
         weight=recipe.answer,
         temperature=recipe.temperature,
     )
-    batch = Batch(x, x_adv, y, target, advice, lambda images: runner(images)[0])
-    terms.losses = BASES[recipe.base](recipe, batch, logits)
+    names, pooled = guided.model.tap_names, guided.model.tap_names[-1]
+    step = Step(batch, logits, taps, target, runner, lambda images: runner(images, peer=True)[0], world.gather, names)
+    terms.losses = BASES[recipe.base](recipe, step)
 
     weight = guidance_weight(recipe, done)
     if recipe.fd and advice and weight:
         distances = [losses.feature_distance(taps[layer], advice.taps[layer]) for layer in recipe.layers]
         terms.losses["fd"] = weight * recipe.fd * torch.stack(distances).mean()
     if recipe.ml and advice and weight:
-        pooled = guided.model.tap_names[-1]
-        # Who is near whom is judged between features of clean images: the teacher's, or the student's own.
+        # Positives are features of clean images, the teacher's or the student's own; negatives are among these, or
+        # among what the student makes of the other adversarial images.
         positive = advice.taps[pooled] if recipe.positive == "teacher" else _clean_features(guided.model, x)
+        candidates = world.gather(positive if recipe.negative == "clean" else taps[pooled])
         confused = logits.detach().scatter(1, y[:, None], -torch.inf).argmax(1)
-        found = losses.triplet(
-            taps[pooled], positive, world.gather(positive), y, confused, world.gather(y), margin=recipe.margin
-        )
+        found = losses.triplet(taps[pooled], positive, candidates, y, confused, world.gather(y), margin=recipe.margin)
         terms.losses["ml"] = weight * recipe.ml * found.loss
         terms.logs = {"active": found.active, "d_ap": found.d_ap, "d_an": found.d_an}
     if bounds is not None:

@@ -11,6 +11,12 @@ from typing import Literal
 
 from fdml.errors import InputError, unknown
 
+CUTMIX = "cutmix"
+"""The one augmentation that mixes labels too."""
+
+BY_KL = ("trades", "hat", "rslad", "lbgat")
+"""The bases whose inner attack ascends a KL divergence: from the student's answer to x or, rslad, the teacher's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -32,10 +38,12 @@ class Recipe:
     preact: bool = False
     start: Literal["random", "teacher"] = "random"
 
-    # The loop. `warmup` is the share of training in which a one-cycle rate rises; a multi-step one falls tenfold at 50%
-    # and 75%.
+    # The loop. A batch is learnt from in `accumulate` parts, one after the other; `extra_share` of it are extra images
+    # where the data set has any. `warmup` is the share of training in which a one-cycle rate rises; a multi-step one
+    # falls tenfold at 50% and 75%.
     epochs: int = 30
     batch_size: int = 128
+    accumulate: int = 1
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -44,15 +52,17 @@ class Recipe:
     clip: float = 0.0
     ema: float = 0.999
     augment: str = "none"
+    extra_share: float = 0.7
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
 
     # The inner attack: the radius of its ball in units of eps, and the step in units of that radius. n-fgsm takes one
-    # step of the radius.
+    # step of the radius. `attack_target` confused: towards the wrong class that the clean image is nearest to.
     attack: Literal["none", "pgd", "n-fgsm"] = "pgd"
     attack_radius: float = 1.0
     attack_steps: int = 10
     attack_step: float = 0.25
+    attack_target: Literal["none", "confused"] = "none"
 
     # Randomised smoothing: the deviation of the Gaussian noise (pixel units, not clipped) that the student sees every
     # image through, in training and validation, and the draws of it that each image is attacked and learnt through.
@@ -61,7 +71,7 @@ class Recipe:
 
     # Learning the label: a method of fdml.bases, with the weights of its terms; `answer` is the teacher's share of the
     # target.
-    base: Literal["ce", "trades", "mart", "alp", "hat", "rslad"] = "ce"
+    base: Literal["ce", "trades", "mart", "alp", "hat", "rslad", "tla", "agkd-bml", "lbgat"] = "ce"
     beta: float = 6.0
     gamma: float = 0.5
     label_smoothing: float = 0.1
@@ -80,6 +90,7 @@ class Recipe:
     ml: float = 0.0
     margin: float = 0.03
     positive: Literal["teacher", "student"] = "teacher"
+    negative: Literal["clean", "adversarial"] = "clean"
     guidance: Literal["ramp", "fade", "hold"] = "fade"
     guidance_until: float = 0.7
 
@@ -117,17 +128,42 @@ class Recipe:
             raise InputError(f"ibp={self.ibp} needs norm=linf, sigma=0 and compile=false")
         if self.base == "rslad" and (self.attack != "pgd" or self.sigma):
             raise InputError("base=rslad needs attack=pgd and sigma=0: its inner attack is its own")
+        if self.sigma and (self.base in ("tla", "agkd-bml", "lbgat") or self.mixes):
+            raise InputError(
+                f"sigma={self.sigma} does not go with base={self.base}, augment={self.augment}: no method"
+                " that looks at further images, and no cutmix, is defined through noise"
+            )
+        if self.attack_target != "none" and (self.attack != "pgd" or self.sigma or self.base in BY_KL):
+            raise InputError(
+                f"attack_target={self.attack_target} needs attack=pgd, sigma=0 and a base whose attack leaves the"
+                f" label, not {self.base}"
+            )
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term of the student's loss looks at the teacher."""
         guided = self.answer > 0 or self.fd > 0 or self.ml > 0
-        return guided or self.start == "teacher" or self.base in ("hat", "rslad")
+        return guided or self.start == "teacher" or self.base in ("hat", "rslad", "agkd-bml")
 
     @property
     def is_defended(self) -> bool:
         """Whether the student learns from more than the images themselves within the threat model."""
         return self.attack != "none" or self.ibp > 0
+
+    @property
+    def has_peer(self) -> bool:
+        """Whether a second network learns beside the student."""
+        return self.base == "lbgat"
+
+    @property
+    def looks_beside(self) -> bool:
+        """Whether a step has further images, each chosen or moved at random."""
+        return self.base in ("tla", "agkd-bml")
+
+    @property
+    def looks_at_confused(self) -> bool:
+        """Whether a step begins with the wrong class that each clean image is nearest to."""
+        return self.attack_target == "confused" or self.base == "agkd-bml"
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -137,6 +173,15 @@ class Recipe:
     @property
     def augmentations(self) -> tuple[str, ...]:
         """Names for ``fdml.data.augment``; empty for none."""
+        return tuple(name for name in self._augment if name != CUTMIX)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others of the batch, after all other augmentation."""
+        return CUTMIX in self._augment
+
+    @property
+    def _augment(self) -> tuple[str, ...]:
         return () if self.augment == "none" else tuple(name.strip() for name in self.augment.split(","))
 
     def teacher(self) -> "Recipe":
@@ -149,6 +194,7 @@ class Recipe:
             lr=self.teacher_lr,
             width=self.teacher_width or self.width,
             attack="pgd" if robust else "none",
+            attack_target="none",
             base="ce",
             answer=0.0,
             fd=0.0,
@@ -158,6 +204,10 @@ class Recipe:
             ibp=0.0,
             start="random",
         )
+
+    def peer(self) -> "Recipe":
+        """The recipe whose network learns beside the student: of the teacher's width, from random weights."""
+        return replace(self, width=self.teacher_width or self.width, start="random")
 
     def to_dict(self) -> dict[str, object]:
         """Every field, as JSON values."""
@@ -170,6 +220,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "width": (1, 1024),
     "epochs": (1, 100_000),
     "batch_size": (1, 1_000_000),
+    "accumulate": (1, 1_000_000),
+    "extra_share": (0, 1),
     "lr": (0, 100),
     "momentum": (0, 1),
     "weight_decay": (0, 1),

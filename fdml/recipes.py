@@ -52,6 +52,24 @@ def rslad(base: Recipe) -> Recipe:
     return replace(base, base="rslad", teacher_kind="robust", teacher_epochs=base.epochs, label_smoothing=0.0)
 
 
+def tla(base: Recipe) -> Recipe:
+    """Triplets of the student's own features: own clean image and another of the class (Mao et al. 2019)."""
+    return replace(base, base="tla", gamma=2.0, margin=0.03)
+
+
+def agkd_bml(base: Recipe) -> Recipe:
+    """Attention of a clean teacher, triplets with images attacked back from the confused class (Wang et al. 2021)."""
+    return replace(
+        base, base="agkd-bml", beta=6.0, gamma=2.0, margin=0.03, label_smoothing=0.5, attack_target="confused",
+        start="teacher",
+    )  # fmt: skip
+
+
+def lbgat(base: Recipe) -> Recipe:
+    """The logits of a network that learns clean images beside the student; beta 0 (Cui et al. 2021)."""
+    return replace(base, base="lbgat", beta=0.0, label_smoothing=0.0)
+
+
 def fast_at(base: Recipe) -> Recipe:
     """One-step training with strong noise, N-FGSM (de Jorge et al. 2022)."""
     return replace(base, attack="n-fgsm")
@@ -117,6 +135,9 @@ RECIPES: dict[str, Callable[[Recipe], Recipe]] = {
     "alp": alp,
     "hat": hat,
     "rslad": rslad,
+    "tla": tla,
+    "agkd-bml": agkd_bml,
+    "lbgat": lbgat,
     "fast-at": fast_at,
     "standard": standard,
     "smooth": smooth,

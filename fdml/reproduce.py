@@ -25,6 +25,7 @@ from fdml.attacks import ATTACKS, Attack
 from fdml.checkpoint import load as load_model
 from fdml.data import load
 from fdml.data.dataset import DataSet
+from fdml.data.extra import extend
 from fdml.errors import InputError, unknown
 from fdml.evaluate import evaluate
 from fdml.evaluate.suites import CASCADES, LABELS
@@ -38,23 +39,34 @@ from fdml.threat import Threat
 from fdml.train import fit, teach
 from fdml.world import World
 
-METHODS = (
-    "pgd-at", "trades", "mart", "alp", "hat", "rslad", "fast-at", "fd", "ml", "fdml",
-)  # fmt: skip
-"""The rivals, then the method's ablations and the method."""
+RIVALS = ("pgd-at", "trades", "mart", "alp", "tla", "agkd-bml", "lbgat", "hat", "rslad", "fast-at")
+METHODS = (*RIVALS, "fd", "ml", "fdml")
+"""The rivals, then the method's two halves and the method."""
+
+ABLATIONS = (
+    "fdml:positive=student",
+    "fdml:negative=adversarial",
+    "fdml:attack_target=confused",
+    "fdml:base=trades",
+    "fdml:base=mart,beta=5",
+)
+"""The method with the student's own clean features as positives, the confused class's adversarial images as negatives,
+the targeted inner attack of AGKD-BML, and other terms for the label."""
 
 _GRAY = ("mi-fgsm", "di-ti", "pgd50-transfer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """What is compared: a data set, rows, ``keys`` that every row has, seeds 0, 1, …, and the test images that judge.
+    """What is compared: a data set (``size`` pixels, where it is a folder), rows, ``keys`` that every row has, seeds 0,
+    1, …, and the test images that judge.
 
     ``white`` and ``black`` are attacks on the model itself, with and without its gradient; the gray ones are crafted on
     the seed's clean teacher, an undefended network of the same architecture.
     """
 
     data: str
+    size: int | None = None
     rows: tuple[str, ...] = METHODS
     keys: tuple[str, ...] = ()
     seeds: int = 3
@@ -64,23 +76,34 @@ class Table:
     black: tuple[str, ...] = ("square1000",)
 
 
-_CIFAR = (
-    "architecture=resnet18", "augment=flip,crop", "precision=bf16", "compile=true", "teacher_epochs=30",
+_PHOTOGRAPHS = Table(
+    data="cifar10",
+    rows=(*METHODS, *ABLATIONS),
+    keys=(
+        "architecture=resnet18", "augment=flip,crop", "precision=bf16", "compile=true", "epochs=30",
+        "teacher_epochs=30",
+    ),
+    limit=10_000,
+    white=("pgd20", *CASCADES["autoattack"][1]),
+    black=(),
 )  # fmt: skip
+"""What the tables of a GPU share; AutoAttack counts as one white attack, its black-box part included."""
+
+_LONG = ("epochs=120", "awp=0.005", "awp_after=0.1", "augment=flip,cropshift,colorshape,erase")
 
 TABLES: dict[str, Table] = {
     "fashion-mnist": Table(data="fashion-mnist", keys=("width=8", "epochs=4", "teacher_epochs=3")),
-    "mnist": Table(data="mnist", keys=("width=8", "epochs=4", "teacher_epochs=2")),
+    "mnist": Table(data="mnist", keys=("width=8", "epochs=2", "teacher_epochs=2"), limit=500),
     "digits": Table(data="digits", limit=360),
-    "cifar10-linf": Table(
-        data="cifar10", keys=(*_CIFAR, "epochs=30"), limit=10_000, white=("pgd20", *CASCADES["autoattack"][1]), black=()
-    ),
-    "cifar10-l2": Table(
-        data="cifar10", keys=(*_CIFAR, "epochs=30", "norm=l2", "eps=0.5"), limit=10_000,
-        white=("pgd20", *CASCADES["autoattack"][1]), black=(),
-    ),
-}  # fmt: skip
-"""The tables by name. Those of CIFAR-10 are for a GPU."""
+    "cifar10-linf": _PHOTOGRAPHS,
+    "cifar10-linf-long": replace(_PHOTOGRAPHS, rows=METHODS, keys=(*_PHOTOGRAPHS.keys, *_LONG)),
+    "cifar10-l2": replace(_PHOTOGRAPHS, rows=METHODS, keys=(*_PHOTOGRAPHS.keys, "norm=l2", "eps=0.5")),
+    "cifar100-linf": replace(_PHOTOGRAPHS, rows=METHODS, data="cifar100"),
+    "svhn-linf": replace(_PHOTOGRAPHS, rows=METHODS, data="svhn", keys=(*_PHOTOGRAPHS.keys, "augment=crop")),
+    "tiny-imagenet-linf": replace(_PHOTOGRAPHS, rows=METHODS, data="folder:tiny-imagenet-200", size=64),
+}
+"""The tables by name. Those of photographs are for a GPU, with ``resnet18``; ``architecture=wrn-28-10`` and
+``wrn-34-10`` are keys that they take."""
 
 
 def smoke(table: Table) -> Table:
@@ -129,14 +152,17 @@ def reproduce(
     seeds: int | None = None,
     keys: Sequence[str] = (),
     small: bool = False,
+    source: str | None = None,
     data_dir: Path | None = None,
+    extra: str | None = None,
     device: str | None = None,
     console: Console | None = None,
 ) -> list[Outcome]:
     """Trains and attacks what is missing of the table ``name``; writes ``table.md`` and ``results.json`` to ``out``.
 
-    ``rows``, ``seeds`` and ``keys`` replace and extend the table's own; ``small`` is ``smoke``. What each run was made
-    with stands in its ``result.json``; a run made otherwise is refused, not mixed in.
+    ``rows``, ``seeds`` and ``keys`` replace and extend the table's own, ``source`` its data set; ``small`` is
+    ``smoke``; ``extra`` are further training images (``fdml.data.extra``). What each run was made with stands in its
+    ``result.json``; a run made otherwise is refused, not mixed in.
 
     Raises ``InputError`` for an unknown table or row, and for a folder that holds runs of another table.
     """
@@ -144,6 +170,7 @@ def reproduce(
         raise unknown("table", name, TABLES)
     table = smoke(TABLES[name]) if small else TABLES[name]
     table = replace(table, rows=tuple(rows) or table.rows, seeds=seeds or table.seeds, keys=(*table.keys, *keys))
+    table = replace(table, data=source or table.data)
     console = console or Console(quiet=True)
     world = World.join(device)
     if world.size > 1:
@@ -152,9 +179,12 @@ def reproduce(
     chosen = {row: _recipe(row, table) for row in table.rows}
     for recipe in chosen.values():
         Threat(recipe.norm, recipe.eps)  # what is wrong is refused before anything is trained
-    data = load(table.data, data_dir=data_dir, val_fraction=next(iter(chosen.values())).val_fraction)
+    val_fraction = next(iter(chosen.values())).val_fraction
+    data = load(table.data, data_dir=data_dir, size=table.size, val_fraction=val_fraction)
     if small:
         data = replace(data, train=data.train.head(SMOKE_IMAGES))
+    if extra is not None:
+        data = extend(data, extra)
     for seed in range(table.seeds):
         for row, recipe in chosen.items():
             outcome = _one(row, replace(recipe, seed=seed), table, data, out, world, console)

@@ -25,12 +25,10 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 import fdml
-from fdml.adversary import attack_start, inner_attack
 from fdml.card import Card, read_card
 from fdml.checkpoint import CUSTOM, load
 from fdml.data import places
-from fdml.data.augment import augment
-from fdml.data.dataset import DataSet
+from fdml.data.dataset import Batch, DataSet
 from fdml.errors import InputError, Stopped, unknown
 from fdml.guidance import Guided, Teacher
 from fdml.learner import Learner
@@ -39,6 +37,7 @@ from fdml.recipes import recipe as named
 from fdml.run import Run
 from fdml.threat import Threat
 from fdml.train import fit, new_model
+from fdml.train_batch import draw, prepare
 from fdml.world import World
 
 SEED = 1_000_003
@@ -53,6 +52,7 @@ TIMED_IMAGES, TIMED_SECONDS = 16, 2.0
 # so that victims which differ in nothing else share their surrogates.
 _DEFAULT = Recipe(name="default").to_dict()
 _UNGUIDED = ("base", "beta", "gamma", "answer", "temperature", "fd", "fd_layers", "ml", "margin", "positive",
+             "negative", "attack_target",
              "guidance", "guidance_until", "awp", "awp_after", "start", "teacher_epochs", "teacher_lr", "teacher_width",
              "teacher_kind", "test_limit", "sigma", "noise_copies", "ibp", "ibp_warmup")  # fmt: skip
 _UNATTACKED = ("norm", "eps", "attack_radius", "attack_steps", "attack_step", "val_steps")
@@ -173,19 +173,15 @@ def estimate(recipe: Recipe, data: DataSet, world: World) -> float:
             # Time does not depend on what the teacher has learnt.
             teacher = new_model(_undefended(recipe), data, None, None).to(world.device)
             guide = Teacher.of(teacher.eval(), recipe, few)
-        guided = Guided(new_model(recipe, data, guide, None).to(world.device), guide, images[:2])
+        peer = new_model(recipe.peer(), data, None, None).to(world.device) if recipe.has_peer else None
+        guided = Guided(new_model(recipe, data, guide, None).to(world.device), guide, images[:2], peer)
     learner = Learner(recipe, guided.to(world.device, memory_format=torch.channels_last), world)  # pyright: ignore[reportCallIssue]
 
     def step(count: int) -> float:
         began = time.monotonic()
-        x = augment(images[:count], recipe.augmentations, generator)
-        start = attack_start(recipe, x, inner, generator)
-        x, start = (part.contiguous(memory_format=torch.channels_last) for part in (x, start))
-        advice = guide.advise(x, None if recipe.augmentations else index[:count]) if guide else None
-        x_adv = inner_attack(recipe, learner.attacked, x, start, y[:count], inner, advice=advice)
-        if guide and advice:
-            advice = guide.advise_beside(advice, x_adv)
-        float(learner.step(x, x_adv, y[:count], advice, 0.5)["loss"])  # a number has to wait for the device
+        drawn = draw(recipe, Batch(index[:count], images[:count], y[:count]), len(data.classes), inner, generator)
+        batch = prepare(recipe, learner.attacked, guide, inner, drawn, (drawn.x, drawn.y))
+        float(learner.step([batch], 0.5)["loss"])  # a number has to wait for the device
         return world.mean({"seconds": time.monotonic() - began})["seconds"]
 
     # The better of two: the first one of a size brings what is loaded or compiled for it.

@@ -15,12 +15,12 @@ from rich.console import Console
 from torch import Tensor
 
 import fdml
-from fdml.adversary import attack_start, draw_noise, inner_attack, see_through
+from fdml.adversary import draw_noise
 from fdml.attacks import pgd
 from fdml.card import Card, read_card
 from fdml.checkpoint import CUSTOM, load, load_state, save, save_state
-from fdml.data.augment import augment
 from fdml.data.dataset import DataSet, Files
+from fdml.data.extra import epoch_order
 from fdml.errors import InputError, Stopped
 from fdml.evaluate import evaluate, predictions
 from fdml.guidance import Guided, Teacher
@@ -33,6 +33,7 @@ from fdml.recipe import Recipe
 from fdml.report import write_report
 from fdml.run import CHOOSE, Run
 from fdml.threat import Threat
+from fdml.train_batch import draw, prepare
 from fdml.world import World
 
 STATE_SECONDS = 60.0
@@ -133,7 +134,8 @@ def fit(
     with torch.random.fork_rng(devices=[]):  # initialisation draws from torch's global generator, which is the caller's
         torch.manual_seed(_seed(recipe.seed, role))
         model = new_model(recipe, data, guide, make)
-        guided = Guided(model.to(world.device), guide, val_x[:2])
+        peer = new_model(recipe.peer(), data, None, make).to(world.device) if recipe.has_peer else None
+        guided = Guided(model.to(world.device), guide, val_x[:2], peer)
     learner = Learner(recipe, guided.to(world.device, memory_format=torch.channels_last), world)  # pyright: ignore[reportCallIssue]
     position = Position()
     if run.state(role).exists():
@@ -143,11 +145,12 @@ def fit(
 
     custom = make is not None
     batch_size, rows = recipe.batch_size, world.rows(recipe.batch_size)
-    steps = len(data.train) // batch_size
-    if steps == 0 or batch_size % world.size:
+    own = len(data.train) - data.extra
+    steps = own // batch_size
+    if steps == 0 or batch_size % (world.size * recipe.accumulate):
         raise InputError(
-            f"batch_size={batch_size} does not fit: it must be at most the {len(data.train)} training images and a"
-            f" multiple of the {world.size} processes"
+            f"batch_size={batch_size} does not fit: it must be at most the {own} training images and a multiple of the"
+            f" {world.size} processes times accumulate={recipe.accumulate}"
         )
     # A process that streams files reads its own rows; one that holds all images draws the global batch and keeps its
     # rows, so that augmentation and attacks of N processes use the random numbers of one.
@@ -158,26 +161,21 @@ def fit(
         for epoch in range(position.epoch, recipe.epochs):
             began = saved = time.monotonic()
             first = position.step
-            order = torch.randperm(len(data.train), generator=stream(recipe, role, epoch))[: steps * batch_size]
-            batches = order.view(steps, batch_size)[first:]
+            order = epoch_order(own, data.extra, batch_size, recipe.extra_share, stream(recipe, role, epoch))
+            batches = order[first:]
             model.train()
             for step, batch in enumerate(data.train.batches(list(batches[:, rows] if streams else batches)), first):
                 generator = stream(recipe, role, epoch, step, world.rank if streams else 0, device=world.device)
-                x, y, index = augment(batch.x, recipe.augmentations, generator), batch.y, batch.index
-                start = attack_start(recipe, x, inner, generator)
-                noise = draw_noise(recipe, x, generator)
+                drawn = draw(recipe, batch, len(data.classes), inner, generator)
+                pool = drawn.x, drawn.y
                 if not streams:
-                    x, y, index, start = x[rows], y[rows], index[rows], start[rows]
-                    noise = None if noise is None else noise[:, rows]
-                x, start = (images.contiguous(memory_format=torch.channels_last) for images in (x, start))
-                advice = guide.advise(x, None if recipe.augmentations else index) if guide else None
-                x_adv = inner_attack(recipe, learner.attacked, x, start, y, inner, noise, advice)
-                if guide and advice:
-                    advice = guide.advise_beside(advice, x_adv)
-                if noise is not None:
-                    x, x_adv, y, advice = see_through(noise, x, x_adv, y, advice)
+                    drawn = drawn.take(rows)
+                parts = [
+                    prepare(recipe, learner.attacked, guide, inner, part, pool)
+                    for part in drawn.split(recipe.accumulate)
+                ]
                 done = (epoch * steps + step) / (recipe.epochs * steps)
-                values = learner.step(x, x_adv, y, advice, done)
+                values = learner.step(parts, done)
                 position.add(values)
                 # One step later every term is spoilt; looking at once tells which was first. A GPU would have to wait
                 # for the look, and is asked when a state is saved.

@@ -18,7 +18,7 @@ LAYERS = [
     | {"beta", "sequence", "grid", "smoothed", "pictures", "pixels", "bundle", "session", "boxed", "suspicion"},
     {"models", "attacks", "data"},
     {"checkpoint", "run", "runtime"},
-    {"guidance", "interval", "bases", "objective", "adversary", "learner", "train", "progress"}
+    {"guidance", "interval", "bases", "objective", "adversary", "train_batch", "learner", "train", "progress"}
     | {"evaluate", "certify", "report", "showing", "drawing", "curves", "gallery", "tables"}
     | {"surrogates", "judge", "craft", "reproduce"},
     {"export", "serve", "demo"},

@@ -27,6 +27,7 @@ from fdml.recipes import recipe
 from fdml.run import Run
 from fdml.threat import Threat
 from fdml.train import fit, validate
+from fdml.train_batch import TrainBatch
 from fdml.world import World
 
 NOISY = Recipe(name="mine", norm="l2", eps=0.5, sigma=0.25, noise_copies=3, attack_steps=4)
@@ -170,16 +171,17 @@ def test_bounds_share_the_loss_with_the_other_terms(digits: DataSet) -> None:
     model = build("cnn", input=(1, 8, 8), classes=10, mean=digits.mean, std=digits.std, options={"width": 4}).train()
     guided, world = Guided(model, None, torch.rand(2, 1, 8, 8)), World.join("cpu")
     _, x, y = digits.train.head(32).all()
+    batch = TrainBatch(x, x, y)
     plain = replace(tiny("ibp"), ibp=0.0)
-    wanted = objective(plain, guided, guided, x, x, y, None, 0.9, world).losses["ce"]
+    wanted = objective(plain, guided, guided, batch, 0.9, world).losses["ce"]
     for share in (0.25, 1.0):
-        found = objective(replace(plain, ibp=share), guided, guided, x, x, y, None, 0.9, world).losses
+        found = objective(replace(plain, ibp=share), guided, guided, batch, 0.9, world).losses
         assert found.keys() == ({"ce", "ibp"} if share < 1 else {"ibp"})
         assert bool(found["ibp"] > share * wanted)
         if share < 1:
             torch.testing.assert_close(found["ce"], (1 - share) * wanted)
     # The bounds of a box without size are the image itself; label smoothing is for the other terms.
-    small = objective(replace(plain, ibp=1.0, eps=0.0), guided, guided, x, x, y, None, 1.0, world).losses["ibp"]
+    small = objective(replace(plain, ibp=1.0, eps=0.0), guided, guided, batch, 1.0, world).losses["ibp"]
     torch.testing.assert_close(small, nn.functional.cross_entropy(model(x), y), atol=1e-3, rtol=1e-3)
 
 

@@ -99,3 +99,10 @@ def test_grey_images_stay_channels_last() -> None:
     with torch.no_grad():
         for name, tap in model.outputs(case()[0]).taps.items():
             assert tap.ndim == 2 or tap.is_contiguous(memory_format=torch.channels_last), name
+
+
+def test_no_images_have_no_logits() -> None:
+    model = Frozen(network())
+    nothing = torch.rand(0, 1, 16, 16)
+    assert model(nothing).shape == (0, 5)
+    assert model.outputs(nothing).taps["features"].shape[0] == 0

@@ -30,7 +30,9 @@ from fdml.train import fit
 from fdml.world import World
 
 GOLDEN = Path(__file__).parent / "golden"
-TERMS = ("loss", "ce", "bce", "kl", "kl_clean", "alp", "helper", "fd", "ml", "d_ap", "d_an")
+TERMS = (
+    "loss", "ce", "bce", "kl", "kl_clean", "alp", "helper", "mse", "attention", "triplet", "fd", "ml", "d_ap", "d_an",
+)  # fmt: skip
 STEPS, FEW = 20, 5
 BATCH = 64
 
@@ -45,6 +47,7 @@ BASE = Recipe(
     start="random",
     epochs=1,
     batch_size=BATCH,
+    accumulate=1,
     lr=0.005,
     momentum=0.9,
     weight_decay=5e-4,
@@ -59,6 +62,7 @@ BASE = Recipe(
     attack_radius=1.0,
     attack_steps=2,
     attack_step=0.5,
+    attack_target="none",
     base="ce",
     beta=6.0,
     gamma=0.5,
@@ -70,6 +74,7 @@ BASE = Recipe(
     ml=0.0,
     margin=0.03,
     positive="teacher",
+    negative="clean",
     guidance="fade",
     guidance_until=0.7,
     awp=0.0,
@@ -92,6 +97,11 @@ RECIPES = {
     "alp": replace(BASE, base="alp", beta=0.5),
     "hat": replace(BASE, base="hat", beta=2.5, gamma=0.5, label_smoothing=0.0),
     "rslad": replace(BASE, base="rslad", teacher_kind="robust", label_smoothing=0.0),
+    "tla": replace(BASE, base="tla", gamma=2.0),
+    "agkd-bml": replace(BASE, base="agkd-bml", gamma=2.0, label_smoothing=0.5, attack_target="confused"),
+    "lbgat": replace(BASE, base="lbgat", beta=6.0, label_smoothing=0.0),
+    "adversarial-negatives": replace(BASE, ml=1.0, margin=0.2, negative="adversarial"),
+    "cutmix-parts": replace(BASE, augment="cutmix", accumulate=2),
     "awp": replace(BASE, awp=0.01, clip=1.0, augment="crop"),
     "pgd-at-linf": replace(BASE, norm="linf", eps=0.2),
 }

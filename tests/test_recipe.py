@@ -289,7 +289,7 @@ def test_what_each_recipe_is() -> None:
     assert guided["fdml"] == (True, True)
     assert guided["fd"] == (True, False)
     assert guided["ml"] == (False, True)
-    taught = {"fdml", "fd", "ml", "fdml-smooth", "fdml-ibp", "hat", "rslad"}
+    taught = {"fdml", "fd", "ml", "fdml-smooth", "fdml-ibp", "hat", "rslad", "agkd-bml"}
     assert {name for name, r in found.items() if r.needs_teacher} == taught
     assert {name for name, r in found.items() if r.teacher_kind == "robust"} == {"rslad"}
     assert {name for name, r in found.items() if r.attack == "none"} == {"standard", "smooth", "ibp"}

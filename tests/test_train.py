@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 import fdml
 from fdml.data import load as load_data
 from fdml.data.dataset import Arrays, DataSet, Files
+from fdml.data.extra import extend
+from fdml.data.folder import Paths
 from fdml.errors import InputError, Stopped
 from fdml.guidance import Teacher
 from fdml.recipe import Recipe
@@ -101,7 +104,7 @@ def test_a_loaded_model_answers_as_the_trained_one(finished: Path, digits: DataS
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
-TERMS = ("ce", "bce", "kl", "kl_clean", "alp", "helper", "fd", "ml", "ibp")
+TERMS = ("ce", "bce", "kl", "kl_clean", "alp", "helper", "mse", "attention", "triplet", "fd", "ml", "ibp")
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -123,6 +126,7 @@ def test_every_recipe_trains(name: str, digits: DataSet, tmp_path: Path) -> None
         {"architecture": "resnet18", "width": 8, "teacher_width": 8, "preact": True, "fd_layers": "stage4"},
         {"augment": "crop,erase", "norm": "l2", "eps": 0.5},
         {"precision": "bf16"},
+        {"negative": "adversarial", "attack_target": "confused", "augment": "cropshift,cutmix", "accumulate": 2},
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -176,7 +180,7 @@ def test_images_streamed_from_a_folder_train(digits: DataSet, tmp_path: Path) ->
     names = tuple(f"{index}.png" for index in range(96))
     for name, image in zip(names, few.images, strict=True):
         Image.fromarray(image[0].numpy()).save(tmp_path / name)
-    files = Files(tmp_path, names, few.labels, (1, 8, 8))
+    files = Files(Paths(tmp_path, names), few.labels, (1, 8, 8))
     streamed = learn(tiny(batch_size=32), replace(digits, train=files), tmp_path / "streamed")
     held = learn(tiny(batch_size=32), replace(digits, train=few), tmp_path / "held")
     assert [row["loss"] for row in streamed] == pytest.approx([row["loss"] for row in held], rel=1e-5)
@@ -316,11 +320,30 @@ def test_a_given_teacher_is_taken(finished: Path, digits: DataSet, tmp_path: Pat
     assert_same_weights(finished, tmp_path / "run")
 
 
+def test_extra_images_are_learnt_from(digits: DataSet, tmp_path: Path) -> None:
+    """Noise with one label: a model that saw much of it knows that label."""
+    numbers = np.random.default_rng(0)
+    noise = numbers.integers(0, 256, (300, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "extra.npz", image=noise, label=np.full(300, 9))
+    more = extend(digits, f"npz:{tmp_path / 'extra.npz'}")
+    seen = torch.from_numpy(numbers.integers(0, 256, (100, 1, 8, 8), dtype=np.uint8)).float() / 255
+    shares = []
+    for data, name in ((digits, "own"), (more, "both")):
+        rows = learn(tiny("standard", epochs=4, extra_share=0.5), data, tmp_path / name)
+        assert len(rows) == 4
+        model = fdml.load(tmp_path / name / "student.safetensors")
+        with torch.no_grad():
+            shares.append(float((model(seen).argmax(1) == 9).double().mean()))
+        assert rows[-1]["clean"] > 0.5
+    assert shares[1] > 0.9 > shares[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"eps": 8.0}, r"did you mean 8/255\?"),
         ({"batch_size": 5000}, "batch_size=5000 does not fit"),
+        ({"accumulate": 3}, "batch_size=128 does not fit.*accumulate=3"),
         ({"fd_layers": "stage9"}, "unknown layer in fd_layers 'stage9'"),
         ({"architecture": "resnet81"}, "unknown architecture 'resnet81'.*resnet18"),
         ({"augment": "flap"}, "flap.*flip"),
@@ -334,7 +357,7 @@ def test_what_cannot_be_trained_is_refused(changes: dict, message: str, digits: 
 
 @pytest.mark.parametrize(
     "name",
-    ["fdml", pytest.param("fdml-smooth", marks=pytest.mark.slow), pytest.param("fdml-ibp", marks=pytest.mark.slow)],
+    ["fdml", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fdml-smooth", "fdml-ibp", "tla", "lbgat"))],
 )
 def test_two_processes_train_the_model_of_one(name: str, tmp_path: Path) -> None:
     """`torchrun`, gloo: the same global batches give the same student to 1e-4, and the same losses.
@@ -361,7 +384,8 @@ def test_two_processes_train_the_model_of_one(name: str, tmp_path: Path) -> None
             check=False,
         )
         assert done.returncode == 0, done.stderr
-    for role in ("student", "student-last", "teacher"):
+    roles = ("student", "student-last", *(["teacher"] if recipe(name).needs_teacher else []))
+    for role in roles:
         a, b = weights(alone / f"{role}.safetensors"), weights(together / f"{role}.safetensors")
         for key in a:
             torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0, msg=lambda text, key=key: f"{key}: {text}")

@@ -9,7 +9,7 @@ import torch
 from fdml.attacks.objective import Best, Model, Objective, answer, check, look, objective_of
 from fdml.errors import InputError, unknown
 from fdml.inference import inference
-from fdml.losses import Labels, Logits, PerImage, cross_entropy, kl_divergence, margin
+from fdml.losses import Labels, Logits, PerImage, Targets, cross_entropy, kl_divergence, margin
 from fdml.randomness import Generator, take, uniform
 from fdml.threat import Images, Threat
 
@@ -36,7 +36,7 @@ def fgsm(
 def n_fgsm(
     model: Model,
     x: Images,
-    y: Labels,
+    y: Targets,
     threat: Threat,
     *,
     noise: float = 2.0,
@@ -60,7 +60,7 @@ def n_fgsm(
 def pgd(
     model: Model,
     x: Images,
-    y: Labels,
+    y: Targets,
     threat: Threat,
     *,
     steps: int = 20,
@@ -81,7 +81,8 @@ def pgd(
 
     ``keep="first"`` lets an image go once it is fooled; one that never is comes back at its point of largest margin, so
     that no step or restart makes the attack weaker. ``keep="best"`` goes on, for the largest margin of all points
-    visited. ``keep="last"`` returns the last point without looking at its answer, one forward pass less: for training.
+    visited. ``keep="last"`` returns the last point without looking at its answer, one forward pass less: for training,
+    where ``y`` may be whatever the objective compares with, such as distributions (b, classes).
     Restarts after the first are spent on images that are not fooled yet. ``start`` replaces the random start of the
     first.
 

@@ -2,11 +2,11 @@
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
@@ -80,27 +80,45 @@ class Arrays:
             yield Batch(index, x, self.labels.index_select(0, index))
 
 
+@runtime_checkable
+class Sources(Protocol):
+    """Where the images of a split lie, encoded: the files of a folder, the rows of a table."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, index: Int64[Tensor, " k"]) -> "Sources":
+        """The images at ``index``, in that order."""
+        ...
+
+    def encoded(self, index: Sequence[int]) -> tuple[list[Path | bytes], list[str]]:
+        """The files at ``index``, or their content, and what errors call them. Raises ``InputError``."""
+        ...
+
+    def listed(self) -> Iterable[tuple[str, int]]:
+        """What stays the same on every machine: the name of each image and its encoded size in bytes."""
+        ...
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Files:
     """A split that stays on disk: worker processes decode each batch when its turn comes, one batch each ahead.
 
-    ``names`` are paths relative to ``root``; ``labels`` is on the CPU; every image is brought to ``shape`` (c, h, h).
-    The worker processes read files and nothing else: they draw no random numbers and never see the device.
+    ``labels`` is on the CPU; every image is brought to ``shape`` (c, h, h). The worker processes read ``sources`` and
+    nothing else: they draw no random numbers and never see the device.
     """
 
-    root: Path
-    names: tuple[str, ...]
+    sources: Sources
     labels: Int64[Tensor, " n"]
     shape: tuple[int, int, int]
     device: Device = "cpu"
 
     def __post_init__(self) -> None:
-        if len(self.names) != len(self.labels):
-            raise InputError(f"{self.root}: {len(self.names)} files but {len(self.labels)} labels")
+        if len(self.sources) != len(self.labels):
+            raise InputError(f"{len(self.sources)} images but {len(self.labels)} labels")
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.labels)
 
     def to(self, device: Device) -> "Files":
         """The same split, whose batches will arrive on ``device``."""
@@ -108,14 +126,17 @@ class Files:
 
     def take(self, index: Int64[Tensor, " k"]) -> "Files":
         """The files at ``index``, in that order."""
-        names = tuple(self.names[i] for i in index.tolist())
-        return replace(self, names=names, labels=self.labels.index_select(0, index.cpu()))
+        index = index.cpu()
+        return replace(self, sources=self.sources.take(index), labels=self.labels.index_select(0, index))
 
     def head(self, n: int) -> Arrays:
         """The first ``n`` images, or all there are, decoded into memory. Raises ``InputError`` as ``batches``."""
-        paths = [self.root / name for name in self.names[:n]]
-        decoded = torch.from_numpy(pictures.read_all(paths, self.shape))
-        return Arrays(decoded, self.labels[:n].clone()).to(self.device)
+        labels = self.labels[:n].clone()
+        decoded = np.empty((len(labels), *self.shape), dtype=np.uint8)
+        for begin in range(0, len(labels), 1000):  # what is encoded may be held in memory as well, so not all at once
+            block = range(begin, min(begin + 1000, len(labels)))
+            decoded[block.start : block.stop] = _read(self.sources, block, self.shape)
+        return Arrays(torch.from_numpy(decoded), labels).to(self.device)
 
     def batches(self, indices: Sequence[Int64[Tensor, " _"]]) -> Iterator[Batch]:
         """One batch an index tensor, in the order given. Raises ``InputError`` that names an unreadable image."""
@@ -129,7 +150,7 @@ class Files:
         if not len(indices):
             return
         loader = DataLoader(
-            _Decoder(self.root, self.names, self.shape),
+            _Decoder(self.sources, self.shape),
             sampler=[index.tolist() for index in indices],
             batch_size=None,
             num_workers=min(pictures.cpus(), 8, len(indices)),
@@ -156,7 +177,10 @@ Split = Arrays | Files
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Three splits of one data set. ``fingerprint`` is the SHA-256 of their content, in hex."""
+    """Three splits of one data set. ``fingerprint`` is the SHA-256 of their content, in hex.
+
+    ``extra``: how many of the last training images are not the data set's own (``fdml.data.extra``).
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -164,6 +188,7 @@ class DataSet:
     val: Split
     test: Split
     fingerprint: str
+    extra: int = 0
 
     def to(self, device: Device) -> "DataSet":
         """The same data set, whose batches arrive on ``device``."""
@@ -176,17 +201,18 @@ class DataSet:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean of each channel of the training images, in [0, 1]."""
+        """Mean of each channel of the own training images, in [0, 1]."""
         return self._statistics[0]
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel of the training images, in units of [0, 1]."""
+        """Standard deviation of each channel of the own training images, in units of [0, 1]."""
         return self._statistics[1]
 
     @cached_property
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return channel_statistics(self.train)
+        own = self.train.head(len(self.train) - self.extra) if self.extra else self.train
+        return channel_statistics(own)
 
 
 def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -221,14 +247,21 @@ class _Decoder(Dataset[np.ndarray | str]):
     The message travels as text because the loader rebuilds a raised exception with a worker's traceback inside it.
     """
 
-    def __init__(self, root: Path, names: tuple[str, ...], shape: tuple[int, int, int]) -> None:
-        self.root, self.names, self.shape = root, names, shape
+    def __init__(self, sources: Sources, shape: tuple[int, int, int]) -> None:
+        self.sources, self.shape = sources, shape
 
     def __getitem__(self, index: list[int]) -> np.ndarray | str:
         try:
-            return pictures.read_all([self.root / self.names[i] for i in index], self.shape, threads=1)
+            return _read(self.sources, index, self.shape, threads=1)
         except InputError as error:
             return str(error)
+
+
+def _read(
+    sources: Sources, index: Sequence[int], shape: tuple[int, int, int], threads: int | None = None
+) -> np.ndarray:
+    encoded, names = sources.encoded(index)
+    return pictures.read_all(encoded, shape, names, threads)
 
 
 def _unchanged(decoded: np.ndarray | str) -> np.ndarray | str:

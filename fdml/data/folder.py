@@ -1,10 +1,14 @@
 """A folder of images, one sub-folder a class."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from fdml import pictures
 from fdml.data.dataset import Files, Split
@@ -15,6 +19,31 @@ IN_MEMORY = 1 << 30
 """Decoded size in bytes up to which the images are kept in memory; larger folders are streamed from disk."""
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """Image files below ``root``: ``names`` are paths relative to it."""
+
+    root: Path
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, index: Int64[Tensor, " k"]) -> "Paths":
+        """The files at ``index``, in that order."""
+        return Paths(self.root, tuple(self.names[i] for i in index.tolist()))
+
+    def encoded(self, index: Sequence[int]) -> tuple[list[Path | bytes], list[str]]:
+        """The paths at ``index``, and the same as text."""
+        paths = [self.root / self.names[i] for i in index]
+        return list(paths), [str(path) for path in paths]
+
+    def listed(self) -> Iterator[tuple[str, int]]:
+        """The relative path and the size in bytes of each file."""
+        return ((name, (self.root / name).stat().st_size) for name in self.names)
 
 
 def read(root: Path, size: int | None) -> Parts:
@@ -42,7 +71,7 @@ def read(root: Path, size: int | None) -> Parts:
     in_memory = sum(len(names) for names, _ in listed.values()) * shape[0] * shape[1] * shape[2] <= IN_MEMORY
     splits: dict[str, Split] = {}
     for kind, (names, labels) in listed.items():
-        files = Files(root, tuple(names), torch.tensor(labels), shape)
+        files = Files(Paths(root, tuple(names)), torch.tensor(labels), shape)
         splits[kind] = files.head(len(files)) if in_memory else files
     if "test" not in splits and "val" in splits:
         splits["test"] = splits.pop("val")

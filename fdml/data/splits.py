@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +61,7 @@ def arrays(images: np.ndarray, labels: np.ndarray, classes: int, where: str) -> 
     return Arrays(torch.from_numpy(owned), torch.from_numpy(np.array(labels, dtype=np.int64)))
 
 
-def check(images: np.ndarray, labels: np.ndarray, classes: int, where: str) -> None:
+def check(images: Sized, labels: np.ndarray, classes: int, where: str) -> None:
     """Raises ``InputError`` that begins with ``where`` for no images, a count that differs, a label out of range."""
     if len(images) != len(labels):
         raise InputError(f"{where}: {len(images)} images but {len(labels)} labels")
@@ -102,7 +103,8 @@ def stratified(
 def fingerprint(*splits: Split) -> str:
     """SHA-256 in hex over the splits in their order.
 
-    ``Arrays``: shape, bytes of the images and labels. ``Files``: the sorted (relative path, size in bytes, label).
+    ``Arrays``: shape, bytes of the images and labels. ``Files``: the sorted (name, encoded size in bytes, label), which
+    is known without reading an image; the name is the path in a folder, the split and row in a data set of the hub.
     """
     digest = hashlib.sha256()
     for split in splits:
@@ -111,8 +113,8 @@ def fingerprint(*splits: Split) -> str:
             digest.update(split.images.cpu().contiguous().numpy().data)
             digest.update(split.labels.cpu().numpy().astype("<i8").data)
             continue
-        for name, label in sorted(zip(split.names, split.labels.tolist(), strict=True)):
-            digest.update(f"{name}\0{(split.root / name).stat().st_size}\0{label}\n".encode())
+        for (name, size), label in sorted(zip(split.sources.listed(), split.labels.tolist(), strict=True)):
+            digest.update(f"{name}\0{size}\0{label}\n".encode())
         digest.update(b"\0")
     return digest.hexdigest()
 

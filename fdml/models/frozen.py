@@ -61,7 +61,7 @@ class Frozen(nn.Module):
     def _filled(self, look: Callable[[Tensor], Any], x: Tensor) -> Any:
         x = x.contiguous(memory_format=torch.channels_last)
         missing = SMALLEST - len(x) if x.device.type == "cpu" else 0
-        if missing <= 0:
+        if missing <= 0 or not len(x):
             return look(x)
         found = look(torch.cat([x, x[-1:].detach().expand(missing, -1, -1, -1)]))
         if isinstance(found, Tensor):

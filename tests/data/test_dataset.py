@@ -8,6 +8,7 @@ import torch
 
 from fdml.data import load
 from fdml.data.dataset import Arrays, Batch, DataSet, Files, channel_statistics
+from fdml.data.folder import Paths
 from fdml.data.splits import Parts, assemble, fingerprint, stratified
 from fdml.errors import InputError
 
@@ -160,5 +161,5 @@ def test_digits_are_whole_and_always_the_same() -> None:
 
 
 def test_files_and_labels_must_agree(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="1 files but 2 labels"):
-        Files(tmp_path, ("a.png",), torch.tensor([0, 1]), (1, 8, 8))
+    with pytest.raises(InputError, match="1 images but 2 labels"):
+        Files(Paths(tmp_path, ("a.png",)), torch.tensor([0, 1]), (1, 8, 8))

@@ -50,6 +50,7 @@ def test_pixels_labels_and_files_agree(tmp_path: Path, monkeypatch: pytest.Monke
     files = load(f"folder:{root}")
     assert isinstance(arrays.train, Arrays)
     assert isinstance(files.train, Files)
+    assert isinstance(files.train.sources, folder.Paths)
     assert files.train.to("cpu").shape == arrays.train.shape
     asked = [torch.tensor([3, 0]), torch.tensor([5]), torch.tensor([1, 2, 3, 4])]
     state = torch.get_rng_state()
@@ -58,13 +59,13 @@ def test_pixels_labels_and_files_agree(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(files.test.head(3).images, arrays.test.head(3).images)
     assert channel_statistics(files.train) == channel_statistics(arrays.train)
-    for index, name in enumerate(files.train.names):
+    for index, name in enumerate(files.train.sources.names):
         with Image.open(root / name) as image:
             assert torch.equal(files.train.head(99).images[index].permute(1, 2, 0), torch.tensor(np.asarray(image)))
         assert files.classes[files.train.labels[index]] == name.split("/")[0]
     assert list(files.train.batches([])) == []
     assert files.fingerprint == load(f"folder:{root}").fingerprint
-    first = root / files.train.names[0]
+    first = root / files.train.sources.names[0]
     first.write_bytes(first.read_bytes() + b"more")
     assert files.fingerprint != load(f"folder:{root}").fingerprint
 

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from fdml.data import hub, load
+from fdml.data.dataset import Arrays, Files
 from fdml.errors import InputError
+from fdml.world import World
 
 
 def png(seed: int, side: int = 8) -> bytes:
@@ -29,10 +31,14 @@ def datasets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     return library
 
 
-def rows(datasets: Any, n: int, labels: list[int] | None = None, seed: int = 0, **columns: Any) -> Any:
+def rows(
+    datasets: Any, n: int, labels: list[int] | None = None, seed: int = 0, images: list | None = None, **columns: Any
+) -> Any:
+    """``images``: the content of files, or paths, in place of made-up pictures."""
+    images = [png(seed + i) for i in range(n)] if images is None else images
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat"])}
     content = {
-        "image": [{"bytes": png(seed + i), "path": None} for i in range(n)],
+        "image": [x if isinstance(x, str) else {"bytes": x, "path": None} for x in images],
         "label": [i % 3 for i in range(n)] if labels is None else labels,
     }
     for name, (feature, values) in columns.items():
@@ -95,12 +101,9 @@ def test_columns_that_do_not_fit(datasets: Any, tmp_path: Path) -> None:
         ),
         "row 3 has no label": rows(datasets, 9, [0, 1, 2, None, 0, 1, 2, 0, 1]),  # pyright: ignore
         "label -1 is out of range": rows(datasets, 9, [0, 1, 2, -1, 0, 1, 2, 0, 1]),
-        "train, row 5: not a readable PNG": rows(datasets, 5, [0] * 5),
     }
-    broken = [{"bytes": png(i) if i != 5 else b"noise", "path": None} for i in range(9)]
-    bad["train, row 5: not a readable PNG"] = datasets.Dataset.from_dict(
-        {"image": broken, "label": [0, 1, 2] * 3}, features=rows(datasets, 1).features
-    )
+    broken = [png(i) if i != 5 else b"noise" for i in range(9)]
+    bad["train, row 5: not a readable PNG"] = rows(datasets, 9, images=broken)
     for i, (says, content) in enumerate(bad.items()):
         content.save_to_disk(tmp_path / str(i))
         with pytest.raises(InputError, match=says) as caught:
@@ -114,10 +117,77 @@ def save(content: Any, folder: Path) -> Path:
     return folder / "named"
 
 
-def test_too_much_is_refused(datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "MAX_BYTES", 1000)
-    with pytest.raises(InputError, match="GiB decoded"):
-        load(f"hf:{save(rows(datasets, 30), tmp_path)}")
+def test_streamed_rows_are_those_in_memory(datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same images, labels, order and statistics, from worker processes; the same cuts."""
+    splits = datasets.DatasetDict(train=rows(datasets, 40).with_format("torch"), test=rows(datasets, 9, seed=100))
+    name = f"hf:{save(splits, tmp_path)}"
+    held = load(name, val_fraction=0.2)
+    monkeypatch.setattr(hub, "IN_MEMORY", 1000)
+    streamed = load(name, val_fraction=0.2)
+    state = torch.get_rng_state()
+    for one, two in ((held.train, streamed.train), (held.val, streamed.val), (held.test, streamed.test)):
+        assert isinstance(one, Arrays)
+        assert isinstance(two, Files)
+        assert two.shape == one.shape
+        asked = [torch.tensor([3, 0]), torch.tensor([5]), torch.tensor([1, 2, 3, 4])]
+        for mine, other in zip(one.batches(asked), two.batches(asked), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+        assert torch.equal(one.images, two.head(99).images)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (held.mean, held.std) == (streamed.mean, streamed.std)
+
+
+def test_the_fingerprint_of_streamed_rows(datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the content: not of the place, the form or the other columns; but of every size and label."""
+    monkeypatch.setattr(hub, "IN_MEMORY", 1000)
+
+    def fingerprint(content: Any, form: str) -> str:
+        folder = tmp_path / form
+        content.save_to_disk(folder) if form != "parquet" else content.to_parquet(folder / "train.parquet")
+        return load(f"hf:{folder}").fingerprint
+
+    here = fingerprint(rows(datasets, 30), "here")
+    assert here == fingerprint(rows(datasets, 30, extra=(datasets.Value("int64"), [1] * 30)), "elsewhere")
+    assert here == fingerprint(rows(datasets, 30), "parquet")
+    assert here != fingerprint(rows(datasets, 30, [*([0, 1, 2] * 9), 0, 1, 1]), "label")
+    assert here != fingerprint(rows(datasets, 30, images=[png(i) + bytes(i == 7) for i in range(30)]), "size")
+
+
+def test_rows_that_name_files(datasets: Any, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        path.write_bytes(png(i))
+    content = rows(datasets, 3, images=[str(path) for path in paths])
+    named = hub.Rows.of("hf:x", "train", content, "image")
+    held = hub.Rows.of("hf:x", "train", rows(datasets, 3), "image")
+    assert list(named.listed()) == list(held.listed())
+    assert named.encoded([2, 0])[0] == [paths[2], paths[0]]
+    assert held.encoded([2, 0]) == ([png(2), png(0)], ["hf:x: train, row 2", "hf:x: train, row 0"])
+    paths[1].unlink()
+    with pytest.raises(InputError, match=r"hf:x: train, row 1: no such file as .*1\.png"):
+        hub.Rows.of("hf:x", "train", content, "image")
+
+
+def test_each_process_reads_its_own_rows(datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every image of the second process is damaged: the first does not notice. Resuming gives what is left."""
+    monkeypatch.setattr(hub, "IN_MEMORY", 1000)
+    whole = load(f"hf:{save(rows(datasets, 40), tmp_path)}").train
+    assert isinstance(whole, Files)
+    assert isinstance(whole.sources, hub.Rows)
+    batches = torch.randperm(len(whole))[:24].view(3, 8)
+    first, second = (World(rank, 2, torch.device("cpu")).rows(8) for rank in (0, 1))
+    bad = {int(whole.sources.places[i]) for i in batches[:, second].flatten()} - {0}  # which gives the shape
+    content = rows(datasets, 40, images=[b"noise" if i in bad else png(i) for i in range(40)])
+    damaged = load(f"hf:{save(content, tmp_path / 'damaged')}").train
+    read = list(damaged.batches(list(batches[:, first])))
+    for batch, expected in zip(read, whole.batches(list(batches)), strict=True):
+        assert torch.equal(batch.x, expected.x[first])
+        assert torch.equal(batch.y, expected.y[first])
+    resumed = list(damaged.batches(list(batches[1:, first])))
+    assert all(torch.equal(a.x, b.x) for a, b in zip(resumed, read[1:], strict=True))
+    with pytest.raises(InputError, match=r"hf:.*damaged/named: train, row \d+: not a readable PNG") as caught:
+        list(damaged.batches(list(batches[:, second])))
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_not_there(datasets: Any, tmp_path: Path) -> None:
