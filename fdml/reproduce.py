@@ -7,6 +7,7 @@ from one clean teacher, where it has one at all. Whatever was finished is not do
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from torch import Tensor
 
@@ -164,6 +166,8 @@ def reproduce(
     ``smoke``; ``extra`` are further training images (``fdml.data.extra``). What each run was made with stands in its
     ``result.json``; a run made otherwise is refused, not mixed in.
 
+    Commands that are started side by side on one folder, one a GPU say, share the runs: each takes what no other is at.
+
     Raises ``InputError`` for an unknown table or row, and for a folder that holds runs of another table.
     """
     if name not in TABLES:
@@ -175,7 +179,6 @@ def reproduce(
     world = World.join(device)
     if world.size > 1:
         raise InputError("a table is run by one process: start it without torchrun")
-    found = []
     chosen = {row: _recipe(row, table) for row in table.rows}
     for recipe in chosen.values():
         Threat(recipe.norm, recipe.eps)  # what is wrong is refused before anything is trained
@@ -185,16 +188,52 @@ def reproduce(
         data = replace(data, train=data.train.head(SMOKE_IMAGES))
     if extra is not None:
         data = extend(data, extra)
-    for seed in range(table.seeds):
-        for row, recipe in chosen.items():
-            outcome = _one(row, replace(recipe, seed=seed), table, data, out, world, console)
-            found.append(outcome)
-            write_whole(out / "results.json", json.dumps([asdict(each) for each in found], indent=1) + "\n")
-            write_whole(out / "table.md", markdown(found))
+    runs = {(row, seed): replace(recipe, seed=seed) for seed in range(table.seeds) for row, recipe in chosen.items()}
+    found: dict[tuple[str, int], Outcome] = {}
+    for patience in (0, -1):  # first what no other command is at, then what others are at, once they are done
+        for (row, seed), recipe in runs.items():
+            if (row, seed) in found:
+                continue
+            try:
+                with _alone(_folder(out, row, seed), patience):
+                    outcome = _one(row, recipe, table, data, out, world, console)
+            except Timeout:
+                continue
+            found[row, seed] = outcome
             console.print(
                 f"{row}, seed {seed}: clean {100 * outcome.accuracies['clean']:.1f}, worst {100 * outcome.worst:.1f}"
             )
-    return found
+            done = [
+                other for key, each in runs.items() if (other := found.get(key) or _kept(*key, each, table, data, out))
+            ]
+            write_whole(out / "results.json", json.dumps([asdict(each) for each in done], indent=1) + "\n")
+            write_whole(out / "table.md", markdown(done))
+    return [found[key] for key in runs]
+
+
+def _folder(out: Path, row: str, seed: int) -> Path:
+    name = re.sub(r"[^\w.=]", "-", row)
+    return out / f"{name}-{seed}"
+
+
+def _alone(folder: Path, patience: float = -1) -> FileLock:
+    """Held while a run is made; ``patience`` in seconds, -1 for as long as it takes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.with_name(folder.name + ".lock"), timeout=patience)
+
+
+def _kept(row: str, seed: int, recipe: Recipe, table: Table, data: DataSet, out: Path) -> Outcome | None:
+    """What a run gave, where it is finished; raises ``InputError`` where it is one of other settings."""
+    result = _folder(out, row, seed) / "result.json"
+    if not result.exists():
+        return None
+    kept = json.loads(result.read_text(encoding="utf-8"))
+    # A key that came later than the run has its default, which is what the run had.
+    kept["recipe"] = from_dict(kept["recipe"]).to_dict()
+    asked = {"row": row, "recipe": recipe.to_dict(), "n": min(table.limit, len(data.test))}
+    if {name: kept.get(name) for name in asked} != asked:
+        raise InputError(f"{result.parent} holds a run of other settings: name another folder with --out")
+    return Outcome(**kept)
 
 
 def _recipe(row: str, table: Table) -> Recipe:
@@ -203,17 +242,12 @@ def _recipe(row: str, table: Table) -> Recipe:
 
 
 def _one(row: str, recipe: Recipe, table: Table, data: DataSet, out: Path, world: World, console: Console) -> Outcome:
-    folder = out / f"{row.replace(':', '-').replace(',', '-')}-{recipe.seed}"
-    result = folder / "result.json"
-    asked = {"row": row, "recipe": recipe.to_dict(), "n": min(table.limit, len(data.test))}
-    if result.exists():
-        kept = json.loads(result.read_text(encoding="utf-8"))
-        # A key that came later than the run has its default, which is what the run had.
-        kept["recipe"] = from_dict(kept["recipe"]).to_dict()
-        if {name: kept.get(name) for name in asked} != asked:
-            raise InputError(f"{folder} holds a run of other settings: name another folder with --out")
-        return Outcome(**kept)
-    teacher = _teacher(recipe, data, out, world, console)
+    kept = _kept(row, recipe.seed, recipe, table, data, out)
+    if kept is not None:
+        return kept
+    folder = _folder(out, row, recipe.seed)
+    with _alone(out / f"teacher-{recipe.seed}"):
+        teacher = _teacher(recipe, data, out, world, console)
     shared = teacher if recipe.needs_teacher and recipe.teacher_kind == "clean" else None
     data, run = data.to(world.device), Run(folder)
     run.begin(recipe, {"name": data.name, "fingerprint": data.fingerprint}, resume=True, overwrite=False)
@@ -224,7 +258,7 @@ def _one(row: str, recipe: Recipe, table: Table, data: DataSet, out: Path, world
     fit(recipe, data, run, world, "student", guide, console)
     seconds = round(clock() - began, 1) if whole else None
     outcome = judge(row, recipe, table, data, run.model("student"), teacher, seconds, world)
-    write_whole(result, json.dumps(asdict(outcome), indent=1) + "\n")
+    write_whole(folder / "result.json", json.dumps(asdict(outcome), indent=1) + "\n")
     return outcome
 
 

@@ -122,8 +122,9 @@ class Run:
         return content
 
     def _check_same(self, recipe: Recipe, data: Mapping[str, str]) -> None:
-        begun = self._begun()
-        for kind, old, new in (("recipe", begun["recipe"], recipe.to_dict()), ("data", begun["data"], dict(data))):
+        # A key that came later than the run has its default, which is what the run had.
+        begun, old_data = self.recipe().to_dict(), self._begun()["data"]
+        for kind, old, new in (("recipe", begun, recipe.to_dict()), ("data", old_data, dict(data))):
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) != new.get(key):
                     raise InputError(

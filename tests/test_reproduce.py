@@ -1,16 +1,19 @@
 """The tables of the comparison: run at toy size, collected, gone on with, never mixed."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import call
+from filelock import FileLock
 
+from fdml import reproduce as tables
+from fdml.data import load
 from fdml.errors import InputError
 from fdml.evaluate.suites import step
-from fdml.recipes import RECIPES
+from fdml.recipes import RECIPES, recipe
 from fdml.reproduce import TABLES, Outcome, markdown, reproduce, smoke
 from fdml.world import World
 
@@ -75,14 +78,51 @@ def test_what_cannot_be_run_is_refused_first(arguments: dict, message: str, tmp_
     assert not list(tmp_path.iterdir())
 
 
+OUTCOME = Outcome(
+    "fdml", 0, 100, "linf 0.1", {"clean": 0.8, "pgd20": 0.5, "gray mi-fgsm": 0.7}, 0.5, 0.7, None, 0.5, 10.0, {},
+    "a machine", {"torch": "2"}, "2026-11-26",
+)  # fmt: skip
+
+
 def test_means_and_deviations_are_over_the_seeds() -> None:
-    one = Outcome(
-        "fdml", 0, 100, "linf 0.1", {"clean": 0.8, "pgd20": 0.5, "gray mi-fgsm": 0.7}, 0.5, 0.7, None, 0.5, 10.0, {},
-        "a machine", {"torch": "2"}, "2026-11-26",
-    )  # fmt: skip
-    text = markdown([one, replace(one, seed=1, worst=0.54, seconds=20.0), replace(one, row="pgd-at")])
+    text = markdown(
+        [OUTCOME, replace(OUTCOME, seed=1, worst=0.54, seconds=20.0), replace(OUTCOME, row="pgd-at", seconds=None)]
+    )
     assert "| fdml | 2 | 80.0 ± 0.0 | 50.0 ± 0.0 | 70.0 ± 0.0 | 52.0 ± 2.8 | 15 |" in text
-    assert "| pgd-at | 1 | 80.0 | 50.0 | 70.0 | 50.0 | 10 |" in text
+    assert "| pgd-at | 1 | 80.0 | 50.0 | 70.0 | 50.0 | - |" in text
+
+
+def test_commands_side_by_side_share_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another command is at comes last, and is waited for."""
+    other = FileLock(tmp_path / "fdml-0.lock", thread_local=False)
+    other.acquire()
+    order = []
+
+    def one(row: str, *_: object) -> Outcome:
+        order.append(row)
+        other.release()
+        return replace(OUTCOME, row=row)
+
+    monkeypatch.setattr(tables, "_one", one)
+    found = reproduce("digits", tmp_path, rows=["fdml", "pgd-at"], small=True)
+    assert order == ["pgd-at", "fdml"]
+    assert [each.row for each in found] == ["fdml", "pgd-at"]
+    assert [each["row"] for each in json.loads((tmp_path / "results.json").read_text())] == ["fdml", "pgd-at"]
+
+
+def test_a_run_from_before_a_key_is_taken(tmp_path: Path) -> None:
+    table = smoke(TABLES["digits"])
+    data = load("digits")
+    chosen = replace(recipe("fdml", "digits"), seed=3)
+    old = {name: value for name, value in chosen.to_dict().items() if name != "accumulate"}
+    folder = tmp_path / "fdml-eps=0.2-3"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(asdict(replace(OUTCOME, row="fdml:eps=0.2", recipe=old, n=20))))
+    kept = tables._kept("fdml:eps=0.2", 3, chosen, table, data, tmp_path)
+    assert kept is not None
+    assert kept.recipe == chosen.to_dict()
+    with pytest.raises(InputError, match="holds a run of other settings"):
+        tables._kept("fdml:eps=0.2", 3, replace(chosen, accumulate=2), table, data, tmp_path)
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
