@@ -20,9 +20,9 @@ class Learner:
     """The student (or teacher) with its optimizer and the moving average of its weights.
 
     ``attacked`` is the model as the inner attack calls it, compiled where the recipe says so. ``average`` is the model
-    to validate and to keep: the exponential moving average of weights and statistics, whose
-    decay rises as (1 + n) / (10 + n) to its value so that a short run does not average its own beginning; without a
-    decay it is the model itself.
+    to validate and to keep: the exponential moving average of weights and statistics, whose decay rises as
+    (1 + n) / (10 + n) to its value so that a short run does not average its own beginning; without a decay it is the
+    model itself.
     """
 
     def __init__(self, recipe: Recipe, guided: Guided, world: World) -> None:
@@ -130,11 +130,11 @@ class Learner:
         """Adversarial weight perturbation (Wu et al. 2020, algorithm 1): inside the block each weight matrix stands
         moved along its gradient by awp · its own norm; after it the weights are as they were, and so are the
         statistics that the extra pass would have changed."""
-        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        before = {name: buffer.clone() for name, buffer in self.guided.named_buffers()}
         self._backward(batches, done)
         moved: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
+            for name, buffer in self.guided.named_buffers():
                 buffer.copy_(before[name])
             for weight in self.model.parameters():
                 if weight.ndim > 1 and weight.grad is not None:

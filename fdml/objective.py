@@ -73,10 +73,12 @@ def objective(
     terms.losses = BASES[recipe.base](recipe, step)
 
     weight = guidance_weight(recipe, done)
-    if recipe.fd and advice and weight:
+    # An adapter stays in the loss, at the weight 0: DistributedDataParallel waits for the gradient of every weight.
+    guides = advice is not None and (weight > 0 or len(guided.adapters) > 0)
+    if recipe.fd and advice and guides:
         distances = [losses.feature_distance(taps[layer], advice.taps[layer]) for layer in recipe.layers]
         terms.losses["fd"] = weight * recipe.fd * torch.stack(distances).mean()
-    if recipe.ml and advice and weight:
+    if recipe.ml and advice and guides:
         # Positives are features of clean images, the teacher's or the student's own; negatives are among these, or
         # among what the student makes of the other adversarial images.
         positive = advice.taps[pooled] if recipe.positive == "teacher" else _clean_features(guided.model, x)

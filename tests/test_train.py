@@ -22,11 +22,13 @@ from fdml.data.dataset import Arrays, DataSet, Files
 from fdml.data.extra import extend
 from fdml.data.folder import Paths
 from fdml.errors import InputError, Stopped
-from fdml.guidance import Teacher
+from fdml.guidance import Guided, Teacher
+from fdml.objective import objective
 from fdml.recipe import Recipe
 from fdml.recipes import RECIPES, recipe
 from fdml.run import Run
-from fdml.train import fit, train
+from fdml.train import fit, new_model, train
+from fdml.train_batch import TrainBatch
 from fdml.world import World
 
 ROOT = Path(__file__).parents[1]
@@ -313,6 +315,19 @@ def test_a_finished_run_is_resumed_at_once(finished: Path, digits: DataSet) -> N
     summary = train(tiny(), digits, finished, resume=True)
     assert "worst" in summary["student"]
     assert (finished / "student.safetensors").stat().st_mtime_ns == before
+
+
+def test_adapters_are_in_every_loss(digits: DataSet) -> None:
+    """Where guidance has faded too: processes that train together wait for the gradient of every weight."""
+    chosen, world = tiny(start="random", teacher_width=6, guidance_until=0.5), World.join("cpu")
+    guide = Teacher.of(new_model(chosen.teacher(), digits, None, None), chosen, digits.train)
+    index, x, y = digits.train.head(32).all()
+    guided = Guided(new_model(chosen, digits, guide, None), guide, x[:2])
+    terms = objective(chosen, guided, guided, TrainBatch(x, x, y, guide.advise(x, index)), 0.9, world)
+    assert float(terms.losses["fd"].detach()) == float(terms.losses["ml"].detach()) == 0
+    terms.total().backward()
+    assert guided.adapters
+    assert all(p.grad is not None for p in guided.parameters())
 
 
 def test_a_given_teacher_is_taken(finished: Path, digits: DataSet, tmp_path: Path) -> None:
