@@ -6,7 +6,8 @@
 Same network, batch, attack and optimizer; the two take turns, and the ratio is taken pair by pair, so that a busy
 machine slows both. Two peers: `plain` is the network as one writes it (convolution, BatchNorm, ReLU as modules, NCHW),
 `fdml's model` is torchattacks over our own network, so that the rest of the difference is the loop's. For each row of
-ours the table says what the step costs and how many times faster than the plain peer it is.
+ours the table says what the step costs, how many times faster than the plain peer it is, what it costs in steps of our
+PGD-AT, and which share of it the attack takes.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from fdml.inference import inference
 from fdml.learner import Learner
 from fdml.models import RobustModel, build
 from fdml.recipes import recipe
+from fdml.reproduce import METHODS
 from fdml.threat import Threat
 from fdml.train_batch import draw, prepare
 from fdml.world import World
@@ -55,7 +57,11 @@ def peer_step(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) ->
     return step
 
 
-def our_step(name: str, model: RobustModel, x: Tensor, y: Tensor, eps: float, steps: int) -> Callable[[], None]:
+def our_step(
+    name: str, model: RobustModel, x: Tensor, y: Tensor, eps: float, steps: int, attacking: list[float]
+) -> Callable[[], None]:
+    """A step of the recipe ``name``; the seconds that its attack takes, the teacher's answers included, are added to
+    ``attacking``."""
     chosen = replace(
         recipe(name), eps=eps, attack_steps=steps, attack_step=0.25, attack_radius=1.0, lr=1e-3, start="random"
     )
@@ -66,13 +72,17 @@ def our_step(name: str, model: RobustModel, x: Tensor, y: Tensor, eps: float, st
         teacher = network_like(model)
         images = Arrays((x * 255).byte(), y)
         guide = Teacher.of(teacher, chosen, images)
-    learner = Learner(chosen, Guided(model, guide, x[:2]), world)
+    peer = network_like(model) if chosen.has_peer else None
+    learner = Learner(chosen, Guided(model, guide, x[:2], peer), world)
     index, generator = torch.arange(len(x)), torch.Generator().manual_seed(0)
     model.train()
 
     def step() -> None:
+        began = time.perf_counter()
         drawn = draw(chosen, Batch(index, x, y), 10, threat, generator)
-        learner.step([prepare(chosen, model, guide, threat, drawn, (drawn.x, drawn.y))], 0.1)
+        batch = prepare(chosen, model, guide, threat, drawn, (drawn.x, drawn.y))
+        attacking.append(time.perf_counter() - began)
+        learner.step([batch], 0.1)
 
     return step
 
@@ -102,12 +112,13 @@ def main() -> None:
     def fresh() -> RobustModel:
         return network(options.architecture, options.side, options.channels)
 
+    attacking: dict[str, list[float]] = {f"fdml {name}": [] for name in METHODS}
     contenders = {
         "torchattacks, plain": peer_step(plain(fresh()), x, y, eps, options.steps),
         "torchattacks, fdml's model": peer_step(fresh(), x, y, eps, options.steps),
         **{
-            f"fdml {name}": our_step(name, fresh(), x, y, eps, options.steps)
-            for name in ("pgd-at", "fdml", "trades", "mart")
+            f"fdml {name}": our_step(name, fresh(), x, y, eps, options.steps, attacking[f"fdml {name}"])
+            for name in METHODS
         },
     }
     _check_same_answers(fresh(), plain(fresh()), x)
@@ -120,24 +131,32 @@ def main() -> None:
                 times[name].append(time.perf_counter() - began)
 
     base = times["torchattacks, plain"]
-    rows = {
+    rows: dict[str, dict[str, float]] = {
         name: {
             "milliseconds": round(1e3 * statistics.median(taken), 2),
             "images_per_second": round(options.batch / statistics.median(taken)),
             "times_faster": round(statistics.median(b / t for b, t in zip(base, taken, strict=True)), 2),
+            "times_pgd_at": round(
+                statistics.median(t / o for t, o in zip(taken, times["fdml pgd-at"], strict=True)), 2
+            ),
         }
         for name, taken in times.items()
     }
+    for name, seconds in attacking.items():
+        shares = [part / whole for part, whole in zip(seconds[2:], times[name], strict=True)]
+        rows[name]["attack_share"] = round(statistics.median(shares), 2)
     if options.json:
         print(json.dumps({"options": vars(options), "torch": torch.__version__, "rows": rows}))
         return
     size = f"{options.channels}x{options.side}x{options.side}, batch {options.batch}"
     title = f"{options.architecture}, {size}, PGD-{options.steps}, {options.threads} threads, {options.rounds} rounds"
     table = Table(title=title)
-    for column in ("step", "ms", "images/s", "times faster"):
+    for column in ("step", "ms", "images/s", "times faster", "cost of pgd-at", "in the attack"):
         table.add_column(column, justify="left" if column == "step" else "right")
     for name, row in rows.items():
-        table.add_row(name, f"{row['milliseconds']:.1f}", f"{row['images_per_second']:,}", f"{row['times_faster']:.2f}")
+        share = f"{100 * row['attack_share']:.0f}%" if "attack_share" in row else ""
+        cells = (f"{row['milliseconds']:.1f}", f"{row['images_per_second']:,}", f"{row['times_faster']:.2f}")
+        table.add_row(name, *cells, f"{row['times_pgd_at']:.2f}", share)
     Console(width=110).print(table)
 
 

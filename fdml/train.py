@@ -167,13 +167,10 @@ def fit(
             for step, batch in enumerate(data.train.batches(list(batches[:, rows] if streams else batches)), first):
                 generator = stream(recipe, role, epoch, step, world.rank if streams else 0, device=world.device)
                 drawn = draw(recipe, batch, len(data.classes), inner, generator)
-                pool = drawn.x, drawn.y
+                pool, drawn_parts = (drawn.x, drawn.y), drawn.split(recipe.accumulate)
                 if not streams:
-                    drawn = drawn.take(rows)
-                parts = [
-                    prepare(recipe, learner.attacked, guide, inner, part, pool)
-                    for part in drawn.split(recipe.accumulate)
-                ]
+                    drawn_parts = [part.take(world.rows(len(part.x))) for part in drawn_parts]
+                parts = [prepare(recipe, learner.attacked, guide, inner, part, pool) for part in drawn_parts]
                 done = (epoch * steps + step) / (recipe.epochs * steps)
                 values = learner.step(parts, done)
                 position.add(values)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,9 @@ import torch.distributed.nn.functional as differentiable
 from torch import Tensor
 
 from fdml.errors import InputError
+
+PATIENCE = timedelta(hours=1)
+"""How long processes wait for one that works alone: the first validates and writes the report."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,11 @@ class World:
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+            if place.type == "cuda":
+                torch.cuda.set_device(place)
+                dist.init_process_group("nccl", timeout=PATIENCE, device_id=place)
+            else:
+                dist.init_process_group("gloo", timeout=PATIENCE)
         return cls(dist.get_rank() if size > 1 else 0, size, place)
 
     @property
@@ -63,7 +71,8 @@ class World:
         return dict(zip(values, (total / self.size).tolist(), strict=True))
 
     def leave(self) -> None:
-        """Ends the group; this process goes on alone."""
+        """Ends the group, once all are here; this process goes on alone."""
+        self.barrier()
         if dist.is_initialized():
             dist.destroy_process_group()
 

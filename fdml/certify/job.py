@@ -100,7 +100,6 @@ def run(
         console.print(certificate_table(found))
         where = f"report: {out}/report.html, report.json, {CERTIFICATES}"
         console.print(where, markup=False, highlight=False, soft_wrap=True)
-    world.barrier()
     world.leave()
     return found
 
