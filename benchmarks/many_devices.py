@@ -28,7 +28,7 @@ from rich.table import Table
 
 from fdml.data.dataset import Arrays, DataSet
 from fdml.guidance import Teacher
-from fdml.recipe import Recipe
+from fdml.recipe import Recipe, override
 from fdml.recipes import recipe
 from fdml.run import Run
 from fdml.train import fit, new_model
@@ -71,7 +71,7 @@ def measured(options: argparse.Namespace, batch_size: int) -> Recipe:
     chosen = recipe(options.recipe, options.data)
     architecture = options.architecture or chosen.architecture
     small = replace(chosen, architecture=architecture, width=options.width, batch_size=batch_size)
-    return replace(small, epochs=2, lr=1e-3, val_limit=2, val_steps=1)
+    return override(replace(small, epochs=2, lr=1e-3, val_limit=2, val_steps=1), options.set)
 
 
 def images(options: argparse.Namespace, n: int) -> DataSet:
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist", choices=SHAPES, help="whose recipe, and images of its shape")
     parser.add_argument("--architecture", help="by default the recipe's")
     parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key; repeat it")
     parser.add_argument("--batch", type=int, default=128, help="of all processes together")
     parser.add_argument("--processes", type=int, default=2)
     # While the first process validates, the others begin the next epoch: of few steps that head start is a large share.

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fdml.guidance import Guided
 from fdml.models import RobustModel
+from fdml.models.norm import BatchNorm2d
 from fdml.objective import objective
 from fdml.recipe import Recipe
 from fdml.train_batch import TrainBatch
@@ -31,6 +32,9 @@ class Learner:
         self.average: RobustModel = copy.deepcopy(guided.model) if recipe.ema else guided.model
         self.steps = 0
         # Statistics are synchronised by the norm layers themselves, where the passes of one step need them.
+        for module in guided.modules():
+            if isinstance(module, BatchNorm2d):
+                module.synchronised = recipe.sync_norm
         self.parallel = DistributedDataParallel(guided, broadcast_buffers=False) if world.size > 1 else None
         runner: nn.Module = self.parallel or guided
         self.runner: Callable = torch.compile(runner) if recipe.compile else runner

@@ -40,7 +40,8 @@ class Recipe:
 
     # The loop. A batch is learnt from in `accumulate` parts, one after the other; `extra_share` of it are extra images
     # where the data set has any. `warmup` is the share of training in which a one-cycle rate rises; a multi-step one
-    # falls tenfold at 50% and 75%.
+    # falls tenfold at 50% and 75%. Of several processes each normalises by the global batch or, without `sync_norm`, by
+    # its own rows, which saves two exchanges a layer; the running statistics kept are then the first one's.
     epochs: int = 30
     batch_size: int = 128
     accumulate: int = 1
@@ -55,6 +56,7 @@ class Recipe:
     extra_share: float = 0.7
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    sync_norm: bool = True
 
     # The inner attack: the radius of its ball in units of eps, and the step in units of that radius. n-fgsm takes one
     # step of the radius. `attack_target` confused: towards the wrong class that the clean image is nearest to.

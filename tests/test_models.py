@@ -1,14 +1,17 @@
 """The models: shapes, sizes, taps, folded normalisation, and pixels in [0, 1] at the door."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdml.errors import InputError
+from fdml.interval import box
 from fdml.models import ARCHITECTURES, Outputs, RobustModel, build, wrap
 from fdml.models.norm import BatchNorm2d, ConvNorm
 
@@ -303,3 +306,51 @@ def test_a_tap_that_is_no_tensor_is_named() -> None:
 
     with pytest.raises(InputError, match="'pair' returns tuple"):
         wrap(Model(), ["pair"])(images(1, 1, 8))
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """This process as a group of one, which takes the path of several."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("laid", [torch.contiguous_format, torch.channels_last])
+def test_synchronised_statistics_are_those_of_double_precision(laid: torch.memory_format) -> None:
+    """A large mean beside a small variance, where one pass over the squares would lose it."""
+    torch.manual_seed(0)
+    x = (0.1 * torch.randn(32, 4, 7, 5) + torch.tensor([0.0, 1.0, -30.0, 200.0])[:, None, None]).contiguous(
+        memory_format=laid
+    )
+    grad = torch.randn_like(x)
+    exact, ours = nn.BatchNorm2d(4).double(), BatchNorm2d(4)
+    with torch.no_grad():
+        for norm in (exact, ours):
+            norm.weight.copy_(torch.tensor([0.5, 1.0, 2.0, -1.0]))
+            norm.bias.copy_(torch.arange(4.0))
+    found = []
+    for norm, images_ in ((exact, x.double()), (ours, x.clone())):
+        images_.requires_grad_()
+        out = norm.train()(images_)
+        out.backward(grad.to(out.dtype))
+        assert norm.weight.grad is not None
+        found.append([out, images_.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var])
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), wanted, atol=2e-3, rtol=1e-3)
+    assert int(ours.num_batches_tracked or 0) == 1
+    ours.synchronised = False
+    torch.testing.assert_close(ours(x), nn.BatchNorm2d.forward(ours, x))
+
+
+@pytest.mark.usefixtures("group")
+def test_an_interval_is_normalised_as_its_nominal_images() -> None:
+    torch.manual_seed(0)
+    norm, x = BatchNorm2d(3).train(), torch.rand(8, 3, 4, 4)
+    plain = copy.deepcopy(norm)(x)
+    bounds = norm(box(x, x, 0.1))
+    torch.testing.assert_close(bounds.nominal, plain, atol=1e-5, rtol=1e-5)
+    lower, upper = bounds.ends
+    assert bool((lower <= plain + 1e-5).all())
+    assert bool((upper >= plain - 1e-5).all())

@@ -128,7 +128,13 @@ def test_every_recipe_trains(name: str, digits: DataSet, tmp_path: Path) -> None
         {"architecture": "resnet18", "width": 8, "teacher_width": 8, "preact": True, "fd_layers": "stage4"},
         {"augment": "crop,erase", "norm": "l2", "eps": 0.5},
         {"precision": "bf16"},
-        {"negative": "adversarial", "attack_target": "confused", "augment": "cropshift,cutmix", "accumulate": 2},
+        {
+            "negative": "adversarial",
+            "attack_target": "confused",
+            "augment": "cropshift,cutmix",
+            "accumulate": 2,
+            "sync_norm": False,
+        },
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -382,7 +388,7 @@ def test_two_processes_train_the_model_of_one(name: str, tmp_path: Path) -> None
     """
     keys = [*TINY, "epochs=1", "batch_size=256", "lr=0.02", "teacher_lr=0.02", "positive=student"]
     # With this seed no kink is met within the steps; with others one is, on some processors.
-    keys += ["norm=l2", "eps=0.5", "seed=2"]
+    keys += ["eps=0.1", "seed=2"] if name == "fdml-ibp" else ["norm=l2", "eps=0.5", "seed=2"]  # bounds are for linf
     words = [word for key in keys for word in ("--set", key)]
     alone, together = tmp_path / "alone", tmp_path / "together"
     for processes, out in ((1, alone), (2, together)):
