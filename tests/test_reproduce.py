@@ -15,6 +15,7 @@ from fdml.errors import InputError
 from fdml.evaluate.suites import step
 from fdml.recipes import RECIPES, recipe
 from fdml.reproduce import TABLES, Outcome, markdown, reproduce, smoke
+from fdml.threat import Threat
 from fdml.world import World
 
 
@@ -23,6 +24,10 @@ def test_every_table_can_be_run(name: str) -> None:
     table = TABLES[name]
     assert table.seeds >= 3
     assert {row.partition(":")[0] for row in table.rows} <= set(RECIPES)
+    for row in table.rows:
+        chosen = tables._recipe(row, table)
+        Threat(chosen.norm, chosen.eps)
+        assert chosen.norm == "linf" or chosen.attack != "n-fgsm"
     for attack in (*table.white, *table.gray, *table.black):
         step(attack)
     assert smoke(table).seeds == 1
