@@ -152,6 +152,8 @@ def fit(
             f"batch_size={batch_size} does not fit: it must be at most the {own} training images and a multiple of the"
             f" {world.size} processes times accumulate={recipe.accumulate}"
         )
+    if data.extra and not recipe.extra_share:
+        raise InputError(f"extra_share=0 leaves the {data.extra:,} extra images unseen: give a share or no --extra")
     # A process that streams files reads its own rows; one that holds all images draws the global batch and keeps its
     # rows, so that augmentation and attacks of N processes use the random numbers of one.
     streams = isinstance(data.train, Files)

@@ -357,6 +357,8 @@ def test_extra_images_are_learnt_from(digits: DataSet, tmp_path: Path) -> None:
             shares.append(float((model(seen).argmax(1) == 9).double().mean()))
         assert rows[-1]["clean"] > 0.5
     assert shares[1] > 0.9 > shares[0]
+    with pytest.raises(InputError, match="extra_share=0 leaves the 300 extra images unseen"):
+        learn(tiny("standard", extra_share=0.0), more, tmp_path / "none")
 
 
 @pytest.mark.parametrize(
