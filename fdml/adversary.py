@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fdml import losses
 from fdml.attacks import n_fgsm, pgd
 from fdml.attacks.objective import CHUNK, Objective, answer
 from fdml.guidance import Advice
 from fdml.inference import inference
-from fdml.losses import kl_divergence
 from fdml.recipe import BY_KL, Recipe
 from fdml.threat import Threat
 
@@ -66,9 +66,8 @@ def inner_attack(
 ) -> Tensor:
     """Adversarial images of ``x`` against ``model`` as it is: gradients of the input alone, BatchNorm in eval mode.
 
-    ``y`` are labels (b,) or distributions (b, classes). With ``goal`` (b,) the attack is on the cross-entropy to these
-    classes, which it lowers.
-    With ``noise`` (copies, b, c, h, w) the attack is on the mean of the softmax over the draws, the very ones that the
+    ``y`` are labels (b,) or distributions (b, classes). With ``goal`` (b,) the attack lowers the cross-entropy to these
+    classes. With ``noise`` (copies, b, c, h, w) it is on the mean of the softmax over the draws, the very ones that the
     student will learn through (SmoothAdv, Salman et al. 2019).
     """
     if recipe.attack == "none":
@@ -86,7 +85,7 @@ def inner_attack(
 def most_confused(model: Model, x: Tensor, y: Tensor) -> Tensor:
     """The wrong class (b,) that the model as it is holds most likely for each clean image."""
     with inference(model):
-        return answer(model, x).scatter(1, y[:, None], -torch.inf).argmax(1)
+        return losses.most_confused(answer(model, x), y)
 
 
 def _attack(
@@ -104,7 +103,7 @@ def _attack(
     objective: str | Objective = "kl" if recipe.base in BY_KL else "ce"
     if recipe.base == "rslad":  # away from the teacher's answer to x (Zi et al. 2021, eq. 5)
         assert advice is not None
-        y, objective = advice.logits, lambda logits, answer: kl_divergence(answer, logits)
+        y, objective = advice.logits, lambda logits, answer: losses.kl_divergence(answer, logits)
     steps, step_size = recipe.attack_steps, recipe.attack_step * threat.eps
     return pgd(
         model, x, y, threat, steps=steps, step_size=step_size, objective=objective, target=goal, start=start,

@@ -124,12 +124,11 @@ def agkd_bml(recipe: Recipe, step: Step) -> dict[str, Tensor]:
     clean, clean_taps = step.forward(batch.x)
     _, backward = step.forward(batch.beside)
     spatial, pooled = step.names[-2:]
-    boosted = losses.boosted_cross_entropy(step.logits, batch.y) - losses.cross_entropy(step.logits, batch.y)
     attention = losses.attention_distance(step.taps[spatial], batch.advice.taps[spatial])
     attention = attention + losses.attention_distance(backward[spatial], batch.beside_advice.taps[spatial])
     features = (seen[pooled] for seen in (step.taps, clean_taps, backward))
     return ce(recipe, step) | {
-        "bce": boosted.mean(),
+        "bce": losses.wrong_confidence(step.logits, batch.y).mean(),
         "kl": recipe.beta * _doubtful_drift(step, clean),
         "attention": attention,
         "triplet": recipe.gamma * losses.ranked(*features, margin=recipe.margin, norm_weight=3e-3).loss,

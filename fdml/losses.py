@@ -59,11 +59,20 @@ def kl_divergence(from_logits: Logits, to_logits: Logits) -> PerImage:
     return (log_p.exp() * (log_p - F.log_softmax(to_logits, 1))).sum(1)
 
 
+def most_confused(logits: Logits, y: Labels) -> Labels:
+    """The wrong class of the largest logit, per image: what it is, or is nearest to be, mistaken for."""
+    return logits.scatter(1, y[:, None], float("-inf")).argmax(1)
+
+
+def wrong_confidence(logits: Logits, y: Labels) -> PerImage:
+    """−log(1 − max_{k≠y} p_k), per image (the second term of MART's BCE, Wang et al. 2020)."""
+    wrong = logits.softmax(1).scatter(1, y[:, None], 0.0).amax(1)
+    return -torch.log(1.0001 - wrong)
+
+
 def boosted_cross_entropy(logits: Logits, y: Labels) -> PerImage:
     """−log p_y − log(1 − max_{k≠y} p_k), per image (MART, Wang et al. 2020)."""
-    p = logits.softmax(1)
-    wrong = p.scatter(1, y[:, None], 0.0).amax(1)
-    return cross_entropy(logits, y) - torch.log(1.0001 - wrong)
+    return cross_entropy(logits, y) + wrong_confidence(logits, y)
 
 
 def soft_target(

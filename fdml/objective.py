@@ -83,7 +83,7 @@ def objective(
         # among what the student makes of the other adversarial images.
         positive = advice.taps[pooled] if recipe.positive == "teacher" else _clean_features(guided.model, x)
         candidates = world.gather(positive if recipe.negative == "clean" else taps[pooled])
-        confused = logits.detach().scatter(1, y[:, None], -torch.inf).argmax(1)
+        confused = losses.most_confused(logits.detach(), y)
         found = losses.triplet(taps[pooled], positive, candidates, y, confused, world.gather(y), margin=recipe.margin)
         terms.losses["ml"] = weight * recipe.ml * found.loss
         terms.logs = {"active": found.active, "d_ap": found.d_ap, "d_an": found.d_an}

@@ -28,7 +28,7 @@ from fdml.checkpoint import load as load_model
 from fdml.data import load
 from fdml.data.dataset import DataSet
 from fdml.data.extra import extend
-from fdml.errors import InputError, unknown
+from fdml.errors import InputError, Stopped, unknown
 from fdml.evaluate import evaluate
 from fdml.evaluate.suites import CASCADES, LABELS
 from fdml.files import write_whole
@@ -38,7 +38,7 @@ from fdml.recipe import Recipe, from_dict, override
 from fdml.recipes import recipe as named
 from fdml.run import Run
 from fdml.threat import Threat
-from fdml.train import fit, teach
+from fdml.train import INTERRUPTED, fit, teach
 from fdml.world import World
 
 RIVALS = ("pgd-at", "trades", "mart", "alp", "tla", "agkd-bml", "lbgat", "hat", "rslad", "fast-at")
@@ -181,7 +181,8 @@ def reproduce(
 
     Commands that are started side by side on one folder, one a GPU say, share the runs: each takes what no other is at.
 
-    Raises ``InputError`` for an unknown table or row, and for a folder that holds runs of another table.
+    Raises ``InputError`` for an unknown table or row, and for a folder that holds runs of another table; ``Stopped`` as
+    ``fdml.train.fit`` does, with the row that it was at.
     """
     if name not in TABLES:
         raise unknown("table", name, TABLES)
@@ -212,6 +213,9 @@ def reproduce(
                     outcome = _one(row, recipe, table, data, out, world, console)
             except Timeout:
                 continue
+            except Stopped as stopped:
+                why = "give the same command again" if stopped.code == INTERRUPTED else str(stopped)
+                raise Stopped(f"stopped at {row}, seed {seed}; what is done is kept: {why}", stopped.code) from None
             found[row, seed] = outcome
             console.print(
                 f"{row}, seed {seed}: clean {100 * outcome.accuracies['clean']:.1f}, worst {100 * outcome.worst:.1f}"

@@ -100,9 +100,10 @@ def prepare(
     batch = TrainBatch(x, x_adv, y, advice, drawn.label, choice=drawn.choice)
     if drawn.move is None or drawn.choice is None:
         return batch
-    if confused is None:
+    if recipe.base == "tla":  # the clean image itself, moved
         return replace(batch, beside=threat.project(x + drawn.move, x))
     assert guide is not None
+    assert confused is not None
     partner = _laid(_partner(pool, y, confused, drawn.choice))
     backward = inner_attack(recipe, model, partner, threat.project(partner + drawn.move, partner), y, threat, goal=y)
     return replace(batch, beside=backward, beside_advice=guide.advise(partner))

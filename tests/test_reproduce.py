@@ -11,11 +11,12 @@ from filelock import FileLock
 
 from fdml import reproduce as tables
 from fdml.data import load
-from fdml.errors import InputError
+from fdml.errors import InputError, Stopped
 from fdml.evaluate.suites import step
 from fdml.recipes import RECIPES, recipe
 from fdml.reproduce import TABLES, Outcome, markdown, reproduce, smoke
 from fdml.threat import Threat
+from fdml.train import INTERRUPTED
 from fdml.world import World
 
 
@@ -113,6 +114,19 @@ def test_commands_side_by_side_share_the_runs(tmp_path: Path, monkeypatch: pytes
     assert order == ["pgd-at", "fdml"]
     assert [each.row for each in found] == ["fdml", "pgd-at"]
     assert [each["row"] for each in json.loads((tmp_path / "results.json").read_text())] == ["fdml", "pgd-at"]
+
+
+@pytest.mark.parametrize(
+    ("code", "why"), [(INTERRUPTED, "give the same command again"), (1, "the loss term ce is not finite")]
+)
+def test_what_stops_a_table_says_where(code: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one(*_: object) -> Outcome:
+        raise Stopped("the loss term ce is not finite", code)
+
+    monkeypatch.setattr(tables, "_one", one)
+    with pytest.raises(Stopped, match=f"stopped at pgd-at, seed 0; what is done is kept: {why}") as stopped:
+        reproduce("digits", tmp_path, rows=["pgd-at"], small=True)
+    assert stopped.value.code == code
 
 
 def test_a_run_from_before_a_key_is_taken(tmp_path: Path) -> None:
