@@ -414,3 +414,15 @@ def test_two_processes_train_the_model_of_one(name: str, tmp_path: Path) -> None
             torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
     for one, two in zip(Run(alone).rows(), Run(together).rows(), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_as_one_that_is_not(finished: Path, tmp_path: Path) -> None:
+    """Compiled code may round otherwise: losses agree, bits need not. In a process of its own, for the types that tests
+    check at each call can't be compiled."""
+    out = tmp_path / "run"
+    process = start(out, "--set", "compile=true")
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    for plain, compiled in zip(Run(finished).rows(), Run(out).rows(), strict=True):
+        assert plain["loss"] == pytest.approx(compiled["loss"], rel=5e-3)

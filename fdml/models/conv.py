@@ -19,7 +19,9 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, p
         outputs, _, rows, columns = weight.shape
         weight = weight.reshape(outputs, rows, columns, 1).permute(0, 3, 1, 2)  # with the strides of channels_last
     few = weight.shape[1] <= FEW and stride == (1, 1) and padding == (weight.shape[2] // 2, weight.shape[3] // 2)
-    if few and x.device.type == "cpu" and x.requires_grad and not weight.requires_grad:
+    # A compiler would fuse the shifted sums into one expression, over which it sits for minutes.
+    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if few and eager and x.requires_grad and not weight.requires_grad:
         found = _FewChannels.apply(x, weight, bias, padding)
         assert isinstance(found, Tensor)
         return found
