@@ -283,6 +283,10 @@ def reproduce(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of every row.")
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Toy size: minutes, and no figure to believe.")] = False,
+    split: Annotated[
+        str | None, typer.Option(help="val to choose by: validation images judge. (default: test)")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many images judge. (default: the table's)")] = None,
     data: Annotated[str | None, typer.Option(help="A data set in the place of the table's own.")] = None,
     data_dir: DataDir = None,
     extra: Extra = None,
@@ -300,11 +304,14 @@ def reproduce(
         return
     found = tables.reproduce(
         table,
-        out or Path("runs") / f"reproduce-{table}{'-smoke' if smoke else ''}",
+        out
+        or Path("runs") / "-".join(["reproduce", table, *(["smoke"] if smoke else []), *([split] if split else [])]),
         rows=row or (),
         seeds=seeds,
         keys=set_ or (),
         small=smoke,
+        split=split,
+        limit=limit,
         source=data,
         data_dir=data_dir,
         extra=extra,

@@ -55,23 +55,28 @@ ABLATIONS = (
 """The method with the student's own clean features as positives, the confused class's adversarial images as negatives,
 the targeted inner attack of AGKD-BML, and other terms for the label."""
 
+SPLITS = {"test": "test", "val": "validation"}
+"""The splits that judge, in words."""
+
 _GRAY = ("mi-fgsm", "di-ti", "pgd50-transfer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """What is compared: a data set (``size`` pixels, where it is a folder), rows, ``keys`` that every row has, seeds 0,
-    1, …, and the test images that judge.
+    1, …, and the images that judge: ``limit`` of a ``split``, ``test`` or, to choose by, ``val``.
 
     ``white`` and ``black`` are attacks on the model itself, with and without its gradient; the gray ones are crafted on
     the seed's clean teacher, an undefended network of the same architecture.
     """
 
     data: str
+    about: str = ""
     size: int | None = None
     rows: tuple[str, ...] = METHODS
     keys: tuple[str, ...] = ()
     seeds: int = 3
+    split: str = "test"
     limit: int = 1000
     white: tuple[str, ...] = ("fgsm", "pgd20", "apgd-ce", "apgd-t3")
     gray: tuple[str, ...] = _GRAY
@@ -103,11 +108,13 @@ _SAME_TIME = (
 
 TABLES: dict[str, Table] = {
     "fashion-mnist": _CLOTHES,
-    "fashion-mnist-time": replace(_CLOTHES, rows=("pgd-at", *_SAME_TIME, "fd", "ml", "fdml")),
+    "fashion-mnist-time": replace(
+        _CLOTHES, about="all in the time of four epochs of PGD-AT", rows=("pgd-at", *_SAME_TIME, "fd", "ml", "fdml")
+    ),
     "mnist": Table(data="mnist", keys=("width=8", "epochs=2", "teacher_epochs=2"), limit=500),
     "digits": Table(data="digits", limit=360),
     "cifar10-linf": _PHOTOGRAPHS,
-    "cifar10-linf-long": replace(_PHOTOGRAPHS, rows=METHODS, keys=(*_PHOTOGRAPHS.keys, *_LONG)),
+    "cifar10-linf-long": replace(_PHOTOGRAPHS, about="long, with AWP", rows=METHODS, keys=(*_PHOTOGRAPHS.keys, *_LONG)),
     "cifar10-l2": replace(
         _PHOTOGRAPHS,
         rows=tuple(name for name in METHODS if name != "fast-at"),  # whose noise is defined in linf
@@ -157,6 +164,7 @@ class Outcome:
     hardware: str
     versions: dict[str, str]
     date: str
+    split: str = "test"
 
 
 def reproduce(
@@ -167,6 +175,8 @@ def reproduce(
     seeds: int | None = None,
     keys: Sequence[str] = (),
     small: bool = False,
+    split: str | None = None,
+    limit: int | None = None,
     source: str | None = None,
     data_dir: Path | None = None,
     extra: str | None = None,
@@ -175,8 +185,9 @@ def reproduce(
 ) -> list[Outcome]:
     """Trains and attacks what is missing of the table ``name``; writes ``table.md`` and ``results.json`` to ``out``.
 
-    ``rows``, ``seeds`` and ``keys`` replace and extend the table's own, ``source`` its data set; ``small`` is
-    ``smoke``; ``extra`` are further training images (``fdml.data.extra``). What each run was made with stands in its
+    ``rows``, ``seeds``, ``split`` and ``limit`` replace the table's own, ``source`` its data set, ``keys`` are added;
+    ``small`` is ``smoke``. By ``split="val"``, which is for choosing, those validation images judge that chose no
+    epoch. ``extra`` are further training images (``fdml.data.extra``). What each run was made with stands in its
     ``result.json``; a run made otherwise is refused, not mixed in.
 
     Commands that are started side by side on one folder, one a GPU say, share the runs: each takes what no other is at.
@@ -188,7 +199,9 @@ def reproduce(
         raise unknown("table", name, TABLES)
     table = smoke(TABLES[name]) if small else TABLES[name]
     table = replace(table, rows=tuple(rows) or table.rows, seeds=seeds or table.seeds, keys=(*table.keys, *keys))
-    table = replace(table, data=source or table.data)
+    table = replace(table, data=source or table.data, split=split or table.split, limit=limit or table.limit)
+    if table.split not in SPLITS:
+        raise unknown("split", table.split, SPLITS)
     console = console or Console(quiet=True)
     world = World.join(device)
     if world.size > 1:
@@ -202,6 +215,8 @@ def reproduce(
         data = replace(data, train=data.train.head(SMOKE_IMAGES))
     if extra is not None:
         data = extend(data, extra)
+    for recipe in chosen.values():
+        _judges(table, recipe, data)
     runs = {(row, seed): replace(recipe, seed=seed) for seed in range(table.seeds) for row, recipe in chosen.items()}
     found: dict[tuple[str, int], Outcome] = {}
     for patience in (0, -1):  # first what no other command is at, then what others are at, once they are done
@@ -247,10 +262,20 @@ def _kept(row: str, seed: int, recipe: Recipe, table: Table, data: DataSet, out:
     kept = json.loads(result.read_text(encoding="utf-8"))
     # A key that came later than the run has its default, which is what the run had.
     kept["recipe"] = from_dict(kept["recipe"]).to_dict()
-    asked = {"row": row, "recipe": recipe.to_dict(), "n": min(table.limit, len(data.test))}
-    if {name: kept.get(name) for name in asked} != asked:
+    found, judges = Outcome(**kept), _judges(table, recipe, data)
+    if (found.row, found.recipe, found.split, found.n) != (row, recipe.to_dict(), table.split, len(judges)):
         raise InputError(f"{result.parent} holds a run of other settings: name another folder with --out")
-    return Outcome(**kept)
+    return found
+
+
+def _judges(table: Table, recipe: Recipe, data: DataSet) -> range:
+    """The places of the images that judge: the first of the test split, or of the validation images those that follow
+    the ones that choose the epoch."""
+    if table.split == "test":
+        return range(min(table.limit, len(data.test)))
+    if recipe.val_limit >= len(data.val):
+        raise InputError(f"all {len(data.val):,} validation images choose the epoch: set val_limit below that")
+    return range(recipe.val_limit, min(recipe.val_limit + table.limit, len(data.val)))
 
 
 def _recipe(row: str, table: Table) -> Recipe:
@@ -309,8 +334,10 @@ def judge(
     seconds: float | None,
     world: World,
 ) -> Outcome:
-    """Attacks one student on the first test images: white-box, gray-box from the teacher, and by queries."""
-    _, x, y = data.to(world.device).test.head(table.limit).all()
+    """Attacks one student on the images that judge: white-box, gray-box from the teacher, and by queries."""
+    places = _judges(table, recipe, data)
+    split = (data.test if table.split == "test" else data.val).to(world.device)
+    _, x, y = split.take(torch.tensor(places)).head(len(places)).all()
     x = x.contiguous(memory_format=torch.channels_last)
     model, threat = Frozen(load_model(student, device=world.device)), Threat(recipe.norm, recipe.eps)
     source = Frozen(load_model(teacher, device=world.device))
@@ -340,6 +367,7 @@ def judge(
         _hardware(world),
         {"fdml": fdml.__version__, "torch": torch.__version__},
         datetime.now(UTC).date().isoformat(),
+        table.split,
     )
 
 
@@ -368,8 +396,9 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     lines += [" | ".join(_cells(row, found, inside)) for row, found in rows.items()]
     first = outcomes[0]
     note = (
-        f"{first.n:,} test images, {first.threat}; percentages, ± the standard deviation over seeds; gray is the worst"
-        f" of what was crafted on the clean teacher. {first.hardware}, torch {first.versions['torch']}, {first.date}."
+        f"{first.n:,} {SPLITS[first.split]} images, {first.threat}; percentages, ± the standard deviation over seeds;"
+        f" gray is the worst of what was crafted on the clean teacher. {first.hardware}, torch"
+        f" {first.versions['torch']}, {first.date}."
     )
     return "".join(f"| {line} |\n" for line in lines) + f"\n{note}\n"
 
@@ -397,6 +426,7 @@ def _percent(shares: Sequence[float]) -> str:
 def described() -> Mapping[str, str]:
     """The tables in a few words."""
     return {
-        name: f"{table.data}, {len(table.rows)} rows, {table.seeds} seeds, {table.limit:,} test images"
+        name: f"{table.data}, {len(table.rows)} rows, {table.seeds} seeds, {table.limit:,} {SPLITS[table.split]} images"
+        + (f"; {table.about}" if table.about else "")
         for name, table in TABLES.items()
     }

@@ -63,6 +63,20 @@ def test_a_table_is_run_and_collected_and_not_run_again(tmp_path: Path) -> None:
     assert "holds a run of other settings" in err
 
 
+def test_choices_are_judged_on_validation_images_that_chose_no_epoch(tmp_path: Path) -> None:
+    words = ("reproduce", "digits", "--smoke", "--row", "pgd-at", "--out", tmp_path, "--json", "--device", "cpu")
+    code, out, err = call(*words, "--split", "val", "--limit", "9")
+    assert code == 0, err
+    (found,) = json.loads(out)
+    assert (found["split"], found["n"]) == ("val", 9)
+    assert "9 validation images" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    code, _, err = call(*words)
+    assert code == 2
+    assert "holds a run of other settings" in err
+    table, data = replace(TABLES["digits"], split="val", limit=9), load("digits")
+    assert tables._judges(table, replace(recipe("fdml", "digits"), val_limit=40), data) == range(40, 49)
+
+
 def test_tables_are_listed() -> None:
     code, out, _ = call("reproduce", "--json")
     assert code == 0
@@ -75,6 +89,8 @@ def test_tables_are_listed() -> None:
         ({"name": "imagenet"}, "unknown table 'imagenet'"),
         ({"name": "digits", "rows": ["magic"]}, "unknown recipe 'magic'"),
         ({"name": "digits", "rows": ["fdml:epoch=3"]}, "epoch"),
+        ({"name": "digits", "split": "train"}, "unknown split 'train'"),
+        ({"name": "digits", "split": "val", "keys": ["val_limit=1000"]}, "144 validation images choose the epoch"),
         ({"name": "digits", "keys": ["eps=8"]}, "eps 8 is larger than the whole pixel range"),
     ],
 )
