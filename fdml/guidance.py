@@ -1,5 +1,7 @@
 """The teacher's side: what it says of a clean image, computed once where no augmentation changes the image."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,12 +30,13 @@ class Advice(NamedTuple):
 @dataclass(frozen=True)
 class Teacher:
     """A fixed model whose answers guide the student. ``cache`` holds its answers to every training image, or nothing.
-    ``sees_attacks``: it also answers the adversarial images."""
+    ``sees_attacks``: it also answers the adversarial images. ``precision`` is that of the student's training."""
 
     model: RobustModel
     layers: tuple[str, ...]
     cache: Advice | None
     sees_attacks: bool = False
+    precision: str = "fp32"
 
     @classmethod
     def of(cls, model: RobustModel, recipe: Recipe, train: Split) -> "Teacher":
@@ -51,7 +54,7 @@ class Teacher:
             if len(model.tap_names) < 2:
                 raise InputError("base=agkd-bml needs a network with a spatial tap before its pooled features")
             layers.add(model.tap_names[-2])
-        teacher = cls(model, tuple(sorted(layers)), None, recipe.base == "hat")
+        teacher = cls(model, tuple(sorted(layers)), None, recipe.base == "hat", recipe.precision)
         if recipe.augmentations or not isinstance(train, Arrays):
             return teacher
         # One batch tells how large the whole would be.
@@ -69,16 +72,23 @@ class Teacher:
         """The answers to clean images ``x``, which are the training images ``index`` where that is known."""
         if self.cache is not None and index is not None:
             return Advice(self.cache.logits[index], {name: tap[index] for name, tap in self.cache.taps.items()})
-        with inference(self.model), torch.no_grad():
+        with self._answering(x.device):
             seen = self.model.outputs(x.contiguous(memory_format=torch.channels_last))
-        return Advice(seen.logits, {name: seen.taps[name] for name in self.layers})
+        return Advice(seen.logits.float(), {name: seen.taps[name].float() for name in self.layers})
 
     def advise_beside(self, advice: Advice, x_adv: Tensor) -> Advice:
         """The same advice, with the logits of the adversarial images where the method asks for them."""
         if not self.sees_attacks:
             return advice
-        with inference(self.model), torch.no_grad():
-            return advice._replace(adversarial=self.model(x_adv.contiguous(memory_format=torch.channels_last)))
+        with self._answering(x_adv.device):
+            adversarial = self.model(x_adv.contiguous(memory_format=torch.channels_last))
+        return advice._replace(adversarial=adversarial.float())
+
+    @contextmanager
+    def _answering(self, device: torch.device) -> Iterator[None]:
+        half = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with inference(self.model), torch.no_grad(), half:
+            yield
 
 
 class Guided(nn.Module):

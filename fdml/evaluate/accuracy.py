@@ -34,14 +34,16 @@ def evaluate(
     attacks: Mapping[str, Attack],
     *,
     seed: int = 0,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Accuracy:
     """Runs every attack on every image that the model answers rightly; one answered wrongly counts as fallen.
 
-    ``tick`` is called after each attack of each batch. Each image has a stream of random numbers for each attack, so
-    that neither the batch size nor another attack changes its outcome.
+    ``batch_size`` images are attacked together, by default as many as suit the device. ``tick`` is called after each
+    attack of each batch. Each image has a stream of random numbers for each attack, so that neither the batch size nor
+    another attack changes its outcome.
     """
+    batch_size = batch_size or (250 if x.device.type == "cpu" else 1000)
     standing = {"clean": predictions(model, x, batch_size) == y}
     right = standing["clean"].nonzero().squeeze(1)
     for name, attack in attacks.items():
