@@ -298,6 +298,7 @@ def reproduce(
     from dataclasses import asdict
 
     from fdml import reproduce as tables
+    from fdml.outcomes import markdown
 
     if table is None:
         _listing(dict(tables.described()), as_json)
@@ -318,7 +319,7 @@ def reproduce(
         device=device,
         console=None if as_json else _console(),
     )
-    print(json.dumps([asdict(each) for each in found]) if as_json else tables.markdown(found))
+    print(json.dumps([asdict(each) for each in found]) if as_json else markdown(found))
 
 
 @app.command(epilog="Example:  fdml evaluate runs/fdml-digits --attack autoattack")

@@ -8,9 +8,8 @@ import json
 import os
 import platform
 import re
-import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -30,9 +29,10 @@ from fdml.data.dataset import DataSet
 from fdml.data.extra import extend
 from fdml.errors import InputError, Stopped, unknown
 from fdml.evaluate import evaluate
-from fdml.evaluate.suites import CASCADES, LABELS
+from fdml.evaluate.suites import CASCADES
 from fdml.files import write_whole
 from fdml.models import Frozen
+from fdml.outcomes import SPLITS, Outcome, collect
 from fdml.randomness import Generator
 from fdml.recipe import Recipe, from_dict, override
 from fdml.recipes import recipe as named
@@ -54,9 +54,6 @@ ABLATIONS = (
 )
 """The method with the student's own clean features as positives, the confused class's adversarial images as negatives,
 the targeted inner attack of AGKD-BML, and other terms for the label."""
-
-SPLITS = {"test": "test", "val": "validation"}
-"""The splits that judge, in words."""
 
 _GRAY = ("mi-fgsm", "di-ti", "pgd50-transfer")
 
@@ -141,32 +138,6 @@ SMOKE_IMAGES = 256
 """Training images of a smoke run."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One row of one seed: accuracies as fractions of ``n`` test images, and what they cost.
-
-    ``white``, ``gray``, ``black`` and ``worst`` count the images that withstand every attack of the kind. ``seconds``
-    are what the student's training took, the teacher's not among them: of all processors together on a CPU, of wall
-    time on a GPU; None for a run that was stopped and went on.
-    """
-
-    row: str
-    seed: int
-    n: int
-    threat: str
-    accuracies: dict[str, float]
-    white: float
-    gray: float | None
-    black: float | None
-    worst: float
-    seconds: float | None
-    recipe: dict[str, Any]
-    hardware: str
-    versions: dict[str, str]
-    date: str
-    split: str = "test"
-
-
 def reproduce(
     name: str,
     out: Path,
@@ -183,7 +154,7 @@ def reproduce(
     device: str | None = None,
     console: Console | None = None,
 ) -> list[Outcome]:
-    """Trains and attacks what is missing of the table ``name``; writes ``table.md`` and ``results.json`` to ``out``.
+    """Trains and attacks what is missing of the table ``name``, and collects it in ``out`` after each run.
 
     ``rows``, ``seeds``, ``split`` and ``limit`` replace the table's own, ``source`` its data set, ``keys`` are added;
     ``small`` is ``smoke``. By ``split="val"``, which is for choosing, those validation images judge that chose no
@@ -238,8 +209,8 @@ def reproduce(
             done = [
                 other for key, each in runs.items() if (other := found.get(key) or _kept(*key, each, table, data, out))
             ]
-            write_whole(out / "results.json", json.dumps([asdict(each) for each in done], indent=1) + "\n")
-            write_whole(out / "table.md", markdown(done))
+            collect(done, data.name, out)
+    console.print(f"table: {out}/table.md, results.json, table.png", markup=False, highlight=False, soft_wrap=True)
     return [found[key] for key in runs]
 
 
@@ -382,45 +353,6 @@ def _hardware(world: World) -> str:
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
     return f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads"
-
-
-def markdown(outcomes: Sequence[Outcome]) -> str:
-    """The table, with means and deviations over the seeds, as text that docs/results.md takes."""
-    rows: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        rows.setdefault(outcome.row, []).append(outcome)
-    attacks = [name for name in outcomes[0].accuracies if name != "clean"]
-    inside = [name for name in attacks if not name.startswith("gray ")]
-    heads = ["method", "seeds", "clean", *(LABELS.get(name, name) for name in inside), "gray", "worst", "seconds"]
-    lines = [" | ".join(heads), " | ".join("-" for _ in heads)]
-    lines += [" | ".join(_cells(row, found, inside)) for row, found in rows.items()]
-    first = outcomes[0]
-    note = (
-        f"{first.n:,} {SPLITS[first.split]} images, {first.threat}; percentages, ± the standard deviation over seeds;"
-        f" gray is the worst of what was crafted on the clean teacher. {first.hardware}, torch"
-        f" {first.versions['torch']}, {first.date}."
-    )
-    return "".join(f"| {line} |\n" for line in lines) + f"\n{note}\n"
-
-
-def _cells(row: str, found: Sequence[Outcome], attacks: Sequence[str]) -> Iterator[str]:
-    yield row
-    yield str(len(found))
-    yield _percent([each.accuracies["clean"] for each in found])
-    for name in attacks:
-        yield _percent([each.accuracies[name] for each in found])
-    yield _percent([each.gray for each in found if each.gray is not None])
-    yield _percent([each.worst for each in found])
-    seconds = [each.seconds for each in found if each.seconds is not None]
-    yield f"{statistics.mean(seconds):.0f}" if seconds else "-"
-
-
-def _percent(shares: Sequence[float]) -> str:
-    if not shares:
-        return "-"
-    percent = [100 * share for share in shares]
-    deviation = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
-    return f"{statistics.mean(percent):.1f}{deviation}"
 
 
 def described() -> Mapping[str, str]:

@@ -1,6 +1,7 @@
 """Tables for a terminal. They need no torch: `fdml info` shows them where only the card can be read."""
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -37,6 +38,15 @@ def closing_table(summary: Mapping) -> Table:
             table.add_section()
         table.add_row(LABELS.get(name, name), *cells, style="bold" if ends else None, end_section=name == "clean")
     return table
+
+
+def percent(shares: Sequence[float]) -> str:
+    """The mean in percent and, of several shares, their standard deviation; a dash of none."""
+    if not shares:
+        return "-"
+    percents = [100 * share for share in shares]
+    deviation = f" ± {statistics.stdev(percents):.1f}" if len(percents) > 1 else ""
+    return f"{statistics.mean(percents):.1f}{deviation}"
 
 
 def _cell(share: float, low: float, high: float) -> Text:

@@ -19,8 +19,8 @@ LAYERS = [
     {"models", "attacks", "data"},
     {"checkpoint", "run", "runtime"},
     {"guidance", "interval", "bases", "objective", "adversary", "train_batch", "learner", "train", "progress"}
-    | {"evaluate", "certify", "report", "showing", "drawing", "curves", "gallery", "tables"}
-    | {"surrogates", "judge", "craft", "reproduce"},
+    | {"evaluate", "certify", "report", "showing", "drawing", "curves", "dots", "gallery", "tables"}
+    | {"surrogates", "judge", "craft", "reproduce", "outcomes"},
     {"export", "serve", "demo"},
     {"cli"},
     {"__main__"},

@@ -13,8 +13,9 @@ from fdml import reproduce as tables
 from fdml.data import load
 from fdml.errors import InputError, Stopped
 from fdml.evaluate.suites import step
+from fdml.outcomes import Outcome, markdown
 from fdml.recipes import RECIPES, recipe
-from fdml.reproduce import TABLES, Outcome, markdown, reproduce, smoke
+from fdml.reproduce import TABLES, reproduce, smoke
 from fdml.threat import Threat
 from fdml.train import INTERRUPTED
 from fdml.world import World
@@ -51,6 +52,7 @@ def test_a_table_is_run_and_collected_and_not_run_again(tmp_path: Path) -> None:
     assert table.startswith("| method | seeds | clean | FGSM | PGD-20 | random noise | gray | worst | seconds |")
     assert "| pgd-at:attack_steps=1 | 1 |" in table
     assert "20 test images, linf 0.2" in table
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     teachers = {path.stat().st_mtime_ns for path in tmp_path.glob("teacher-0/teacher.safetensors")}
     assert len(teachers) == 1
     students = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student.safetensors")}
