@@ -22,7 +22,7 @@ def attack_start(recipe: Recipe, x: Tensor, threat: Threat, generator: torch.Gen
         return x
     if recipe.attack == "n-fgsm":
         return x + torch.empty_like(x).uniform_(-2 * threat.eps, 2 * threat.eps, generator=generator)
-    if recipe.base in BY_KL:
+    if recipe.attack_start == "near" or (recipe.attack_start == "published" and recipe.base in BY_KL):
         # The KL has no gradient at the clean image itself; the published codes start a hair beside it.
         return (x + 0.001 * torch.empty_like(x).normal_(generator=generator)).clamp_(0, 1)
     return threat.random(x, generator)

@@ -59,11 +59,14 @@ class Recipe:
     sync_norm: bool = True
 
     # The inner attack: the radius of its ball in units of eps, and the step in units of that radius. n-fgsm takes one
-    # step of the radius. `attack_target` confused: towards the wrong class that the clean image is nearest to.
+    # step of the radius. PGD starts `near` the image, a hair beside it, or at a `random` point of the ball; as
+    # `published`, it is near for a base whose attack ascends a KL. `attack_target` confused: towards the wrong class
+    # that the clean image is nearest to.
     attack: Literal["none", "pgd", "n-fgsm"] = "pgd"
     attack_radius: float = 1.0
     attack_steps: int = 10
     attack_step: float = 0.25
+    attack_start: Literal["published", "near", "random"] = "published"
     attack_target: Literal["none", "confused"] = "none"
 
     # Randomised smoothing: the deviation of the Gaussian noise (pixel units, not clipped) that the student sees every

@@ -55,7 +55,7 @@ _UNGUIDED = ("base", "beta", "gamma", "answer", "temperature", "fd", "fd_layers"
              "negative", "attack_target",
              "guidance", "guidance_until", "awp", "awp_after", "start", "teacher_epochs", "teacher_lr", "teacher_width",
              "teacher_kind", "test_limit", "sigma", "noise_copies", "ibp", "ibp_warmup")  # fmt: skip
-_UNATTACKED = ("norm", "eps", "attack_radius", "attack_steps", "attack_step", "val_steps")
+_UNATTACKED = ("norm", "eps", "attack_radius", "attack_steps", "attack_step", "attack_start", "val_steps")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdml import losses
-from fdml.adversary import inner_attack, most_confused
+from fdml.adversary import attack_start, inner_attack, most_confused
 from fdml.bases import BASES, Step
 from fdml.errors import InputError
 from fdml.guidance import Advice
@@ -184,6 +184,24 @@ def test_a_targeted_inner_attack_approaches_the_confused_class() -> None:
     x_adv = inner_attack(chosen, model, x, x, y, threat, goal=goal)
     assert threat.contains(x_adv, x).all()
     assert bool((losses.cross_entropy(model(x_adv), goal) < losses.cross_entropy(model(x), goal)).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "near"),
+    [
+        ("pgd-at", "published", False),
+        ("trades", "published", True),
+        ("rslad", "published", True),
+        ("trades", "random", False),
+        ("pgd-at", "near", True),
+    ],
+)
+def test_where_the_inner_attack_starts(name: str, start: str, near: bool) -> None:
+    x, threat = torch.full((4, 1, 8, 8), 0.5), Threat("linf", 0.1)
+    chosen = replace(recipe(name), attack_start=start)
+    move = (attack_start(chosen, x, threat, torch.Generator().manual_seed(0)) - x).abs()
+    assert 0 < float(move.max()) <= (0.01 if near else 0.1)
+    assert near or float(move.max()) > 0.09
 
 
 @pytest.mark.parametrize(
