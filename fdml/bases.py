@@ -1,7 +1,7 @@
 """What the label, or a teacher in its place, says to the student: the methods that are compared, as pure functions.
 
-Each is given the student's answer to the adversarial images x', and asks for those to others where it needs them, so
-that no method pays for a pass that it does not use. A term is a mean over the batch, at its weight.
+Each is given the student's answers to the adversarial images x' and to those that ``further`` names for it, so that
+no method pays for a pass that it does not use. A term is a mean over the batch, at its weight.
 """
 
 from collections.abc import Callable
@@ -25,19 +25,31 @@ class Step:
     """One step as a method sees it: the batch, the student's ``logits`` and ``taps`` of x', and ``target``
     (b, classes), the distribution to learn.
 
-    ``forward`` gives the student's logits and taps of more images, in training mode; ``peer`` the logits of the network
-    that is trained beside it; ``gather`` the rows of all processes. ``names`` are those of the taps, the pooled
-    features' last.
+    ``others`` are the student's logits and taps of the images of ``further``, in that order; ``peer`` gives the logits
+    of the network that is trained beside it; ``gather`` the rows of all processes. ``names`` are those of the taps, the
+    pooled features' last.
     """
 
     batch: TrainBatch
     logits: Tensor
     taps: Taps
     target: Tensor
-    forward: Callable[[Tensor], tuple[Tensor, Taps]]
+    others: tuple[tuple[Tensor, Taps], ...]
     peer: Callable[[Tensor], Tensor]
     gather: Callable[[Tensor], Tensor]
     names: tuple[str, ...]
+
+
+def further(recipe: Recipe, batch: TrainBatch) -> list[Tensor]:
+    """The images, beside x', of which a recipe's base asks what the student makes."""
+    x = batch.x
+    if recipe.base == "hat":
+        return [x + HELPER * (batch.x_adv - x), x]
+    if recipe.base == "tla":
+        return [_given(batch.beside)]
+    if recipe.base == "agkd-bml":
+        return [x, _given(batch.beside)]
+    return [] if recipe.base == "ce" or (recipe.base == "lbgat" and not recipe.beta) else [x]
 
 
 def ce(recipe: Recipe, step: Step) -> dict[str, Tensor]:
@@ -47,21 +59,21 @@ def ce(recipe: Recipe, step: Step) -> dict[str, Tensor]:
 
 def trades(recipe: Recipe, step: Step) -> dict[str, Tensor]:
     """CE(S(x)) + beta KL(S(x) ‖ S(x')) (Zhang et al. 2019, eq. 5)."""
-    clean, _ = step.forward(step.batch.x)
+    clean, _ = step.others[-1]
     drift = losses.kl_divergence(clean, step.logits)
     return {"ce": F.cross_entropy(clean, step.target), "kl": recipe.beta * drift.mean()}
 
 
 def mart(recipe: Recipe, step: Step) -> dict[str, Tensor]:
     """BCE(S(x')) + beta KL(S(x) ‖ S(x')) · (1 − p_y(x)) (Wang et al. 2020, eq. 11)."""
-    clean, _ = step.forward(step.batch.x)
+    clean, _ = step.others[-1]
     bce = losses.boosted_cross_entropy(step.logits, step.batch.y).mean()
     return {"bce": bce, "kl": recipe.beta * _doubtful_drift(step, clean)}
 
 
 def alp(recipe: Recipe, step: Step) -> dict[str, Tensor]:
     """Half CE(S(x)), half CE(S(x')), + beta · the mean square of S(x) − S(x') (Kannan et al. 2018, eq. 1)."""
-    clean, _ = step.forward(step.batch.x)
+    clean, _ = step.others[-1]
     both = (F.cross_entropy(clean, step.target) + F.cross_entropy(step.logits, step.target)) / 2
     return {"ce": both, "alp": recipe.beta * F.mse_loss(step.logits, clean)}
 
@@ -71,7 +83,7 @@ def hat(recipe: Recipe, step: Step) -> dict[str, Tensor]:
     batch = step.batch
     assert batch.advice is not None
     assert batch.advice.adversarial is not None
-    helper, _ = step.forward(batch.x + HELPER * (batch.x_adv - batch.x))
+    helper, _ = step.others[0]
     helped = F.cross_entropy(helper, batch.advice.adversarial.argmax(1))
     return trades(recipe, step) | {"helper": recipe.gamma * helped}
 
@@ -81,7 +93,7 @@ def rslad(recipe: Recipe, step: Step) -> dict[str, Tensor]:
     published code has their mean."""
     assert step.batch.advice is not None
     answer = step.batch.advice.logits
-    clean, _ = step.forward(step.batch.x)
+    clean, _ = step.others[-1]
     return {
         "kl": 5 / 6 * losses.kl_divergence(answer, step.logits).mean(),
         "kl_clean": 1 / 6 * losses.kl_divergence(answer, clean).mean(),
@@ -96,9 +108,8 @@ def tla(recipe: Recipe, step: Step) -> dict[str, Tensor]:
     same noise, so that one pass serves all three.
     """
     batch = step.batch
-    assert batch.beside is not None
     assert batch.choice is not None
-    _, taps = step.forward(batch.beside)
+    _, taps = step.others[0]
     pooled = step.names[-1]
     anchor, own = step.taps[pooled], taps[pooled]
     everyone, labels = step.gather(own), step.gather(batch.y)
@@ -119,10 +130,8 @@ def agkd_bml(recipe: Recipe, step: Step) -> dict[str, Tensor]:
     """
     batch = step.batch
     assert batch.advice is not None
-    assert batch.beside is not None
     assert batch.beside_advice is not None
-    clean, clean_taps = step.forward(batch.x)
-    _, backward = step.forward(batch.beside)
+    (clean, clean_taps), (_, backward) = step.others
     spatial, pooled = step.names[-2:]
     attention = losses.attention_distance(step.taps[spatial], batch.advice.taps[spatial])
     attention = attention + losses.attention_distance(backward[spatial], batch.beside_advice.taps[spatial])
@@ -140,9 +149,14 @@ def lbgat(recipe: Recipe, step: Step) -> dict[str, Tensor]:
     natural = step.peer(step.batch.x)
     found = {"mse": F.mse_loss(step.logits, natural), "ce": F.cross_entropy(natural, step.target)}
     if recipe.beta:
-        clean, _ = step.forward(step.batch.x)
+        clean, _ = step.others[-1]
         found["kl"] = recipe.beta * losses.kl_divergence(clean, step.logits).mean()
     return found
+
+
+def _given(images: Tensor | None) -> Tensor:
+    assert images is not None
+    return images
 
 
 def _doubtful_drift(step: Step, clean: Tensor) -> Tensor:

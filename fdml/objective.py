@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdml import losses
-from fdml.bases import BASES, Step
+from fdml.bases import BASES, Step, Taps, further
 from fdml.guidance import Guided
 from fdml.interval import Interval, box, margins
 from fdml.models import RobustModel
@@ -18,6 +18,10 @@ from fdml.world import World
 
 LOGS = ("active", "d_ap", "d_an")
 """Beside the losses: the share of triplets whose hinge is active, and the mean distances to positive and negative."""
+
+
+Runner = Callable[..., tuple[Tensor, Taps]]
+"""From images to logits (b, classes) and taps."""
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Terms:
 
 def objective(
     recipe: Recipe,
-    runner: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    runner: Runner,
     guided: Guided,
     batch: TrainBatch,
     done: float,
@@ -53,13 +57,17 @@ def objective(
     terms = Terms()
     x, x_adv, y, advice = batch.x, batch.x_adv, batch.y, batch.advice
     bounds = None
+    beside = further(recipe, batch)
     if recipe.ibp:
         bounds, taps = runner(box(x_adv, x, box_eps(recipe, done)))
         assert isinstance(bounds, Interval)
         logits = bounds.nominal
         taps = {name: tap.nominal for name, tap in taps.items() if isinstance(tap, Interval)}
+        others = [runner(images) for images in beside]
+    elif recipe.one_pass:
+        (logits, taps), *others = _together(runner, [x_adv, *beside])
     else:
-        logits, taps = runner(x_adv)
+        (logits, taps), *others = [runner(images) for images in (x_adv, *beside)]
     target = losses.soft_target(
         y if batch.label is None else batch.label,
         logits.shape[1],
@@ -69,7 +77,9 @@ def objective(
         temperature=recipe.temperature,
     )
     names, pooled = guided.model.tap_names, guided.model.tap_names[-1]
-    step = Step(batch, logits, taps, target, runner, lambda images: runner(images, peer=True)[0], world.gather, names)
+    step = Step(
+        batch, logits, taps, target, tuple(others), lambda images: runner(images, peer=True)[0], world.gather, names
+    )
     terms.losses = BASES[recipe.base](recipe, step)
 
     weight = guidance_weight(recipe, done)
@@ -88,8 +98,8 @@ def objective(
         terms.losses["ml"] = weight * recipe.ml * found.loss
         terms.logs = {"active": found.active, "d_ap": found.d_ap, "d_an": found.d_an}
     if bounds is not None:
-        others = {name: (1 - recipe.ibp) * loss for name, loss in terms.losses.items()} if recipe.ibp < 1 else {}
-        terms.losses = others | {"ibp": recipe.ibp * F.cross_entropy(margins(bounds, y), y)}
+        rest = {name: (1 - recipe.ibp) * loss for name, loss in terms.losses.items()} if recipe.ibp < 1 else {}
+        terms.losses = rest | {"ibp": recipe.ibp * F.cross_entropy(margins(bounds, y), y)}
     return terms
 
 
@@ -106,6 +116,18 @@ def guidance_weight(recipe: Recipe, done: float) -> float:
     """r(t): the share of their weight that the teacher's terms have when the share ``done`` of training is behind."""
     passed = min(1.0, done / recipe.guidance_until) if recipe.guidance_until else 1.0
     return {"ramp": passed, "fade": 1.0 - passed, "hold": 1.0}[recipe.guidance]
+
+
+def _together(runner: Runner, kinds: list[Tensor]) -> list[tuple[Tensor, Taps]]:
+    """What the runner makes of each kind of images, (b, c, h, w) each, in one pass over all."""
+    if len(kinds) == 1:
+        return [runner(kinds[0])]
+    logits, taps = runner(torch.cat(kinds))
+    parts = {name: tap.chunk(len(kinds)) for name, tap in taps.items()}
+    return [
+        (part, {name: part_taps[place] for name, part_taps in parts.items()})
+        for place, part in enumerate(logits.chunk(len(kinds)))
+    ]
 
 
 def _clean_features(model: RobustModel, x: Tensor) -> Tensor:

@@ -41,7 +41,9 @@ class Recipe:
     # The loop. A batch is learnt from in `accumulate` parts, one after the other; `extra_share` of it are extra images
     # where the data set has any. `warmup` is the share of training in which a one-cycle rate rises; a multi-step one
     # falls tenfold at 50% and 75%. Of several processes each normalises by the global batch or, without `sync_norm`, by
-    # its own rows, which saves two exchanges a layer; the running statistics kept are then the first one's.
+    # its own rows, which saves two exchanges a layer; the running statistics kept are then the first one's. `one_pass`
+    # sends all kinds of images that a step looks at through the student together, normalised by the mixture that the
+    # running statistics will describe; without it each kind is normalised by itself, as in most published codes.
     epochs: int = 30
     batch_size: int = 128
     accumulate: int = 1
@@ -57,6 +59,7 @@ class Recipe:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     sync_norm: bool = True
+    one_pass: bool = False
 
     # The inner attack: the radius of its ball in units of eps, and the step in units of that radius. n-fgsm takes one
     # step of the radius. PGD starts `near` the image, a hair beside it, or at a `random` point of the ball; as
@@ -200,6 +203,7 @@ class Recipe:
             width=self.teacher_width or self.width,
             attack="pgd" if robust else "none",
             attack_target="none",
+            one_pass=False,
             base="ce",
             answer=0.0,
             fd=0.0,

@@ -29,45 +29,47 @@ def pgd_at(base: Recipe) -> Recipe:
 
 def trades(base: Recipe) -> Recipe:
     """CE on clean images + beta KL(clean ‖ adversarial), inner attack on the KL (Zhang et al. 2019)."""
-    return replace(base, base="trades", beta=6.0, label_smoothing=0.0)
+    return replace(base, base="trades", beta=6.0, label_smoothing=0.0, one_pass=True)
 
 
 def mart(base: Recipe) -> Recipe:
     """Boosted CE + KL weighted by misclassification (Wang et al. 2020)."""
-    return replace(base, base="mart", beta=5.0, label_smoothing=0.0)
+    return replace(base, base="mart", beta=5.0, label_smoothing=0.0, one_pass=True)
 
 
 def alp(base: Recipe) -> Recipe:
     """Adversarial logit pairing, beta 0.5 (Kannan et al. 2018)."""
-    return replace(base, base="alp", beta=0.5)
+    return replace(base, base="alp", beta=0.5, one_pass=True)
 
 
 def hat(base: Recipe) -> Recipe:
     """TRADES with helper images beyond the adversarial ones, labelled by a clean teacher (Rade and Moosavi 2022)."""
-    return replace(base, base="hat", beta=2.5, gamma=0.5, label_smoothing=0.0)
+    return replace(base, base="hat", beta=2.5, gamma=0.5, label_smoothing=0.0, one_pass=True)
 
 
 def rslad(base: Recipe) -> Recipe:
     """A robust teacher's softened answers in place of labels, in the inner attack too (Zi et al. 2021)."""
-    return replace(base, base="rslad", teacher_kind="robust", teacher_epochs=base.epochs, label_smoothing=0.0)
+    return replace(
+        base, base="rslad", teacher_kind="robust", teacher_epochs=base.epochs, label_smoothing=0.0, one_pass=True
+    )
 
 
 def tla(base: Recipe) -> Recipe:
     """Triplets of the student's own features: own clean image and another of the class (Mao et al. 2019)."""
-    return replace(base, base="tla", gamma=2.0, margin=0.03)
+    return replace(base, base="tla", gamma=2.0, margin=0.03, one_pass=True)
 
 
 def agkd_bml(base: Recipe) -> Recipe:
     """Attention of a clean teacher, triplets with images attacked back from the confused class (Wang et al. 2021)."""
     return replace(
         base, base="agkd-bml", beta=6.0, gamma=2.0, margin=0.03, label_smoothing=0.5, attack_target="confused",
-        start="teacher",
+        start="teacher", one_pass=True,
     )  # fmt: skip
 
 
 def lbgat(base: Recipe) -> Recipe:
     """The logits of a network that learns clean images beside the student; beta 0 (Cui et al. 2021)."""
-    return replace(base, base="lbgat", beta=0.0, label_smoothing=0.0)
+    return replace(base, base="lbgat", beta=0.0, label_smoothing=0.0, one_pass=True)
 
 
 def fast_at(base: Recipe) -> Recipe:

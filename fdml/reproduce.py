@@ -49,8 +49,8 @@ ABLATIONS = (
     "fdml:positive=student",
     "fdml:negative=adversarial",
     "fdml:attack_target=confused",
-    "fdml:base=trades",
-    "fdml:base=mart,beta=5",
+    "fdml:base=trades,one_pass=true",
+    "fdml:base=mart,beta=5,one_pass=true",
 )
 """The method with the student's own clean features as positives, the confused class's adversarial images as negatives,
 the targeted inner attack of AGKD-BML, and other terms for the label."""

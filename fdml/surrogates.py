@@ -52,7 +52,7 @@ TIMED_IMAGES, TIMED_SECONDS = 16, 2.0
 # so that victims which differ in nothing else share their surrogates.
 _DEFAULT = Recipe(name="default").to_dict()
 _UNGUIDED = ("base", "beta", "gamma", "answer", "temperature", "fd", "fd_layers", "ml", "margin", "positive",
-             "negative", "attack_target",
+             "negative", "attack_target", "one_pass",
              "guidance", "guidance_until", "awp", "awp_after", "start", "teacher_epochs", "teacher_lr", "teacher_width",
              "teacher_kind", "test_limit", "sigma", "noise_copies", "ibp", "ibp_warmup")  # fmt: skip
 _UNATTACKED = ("norm", "eps", "attack_radius", "attack_steps", "attack_step", "attack_start", "val_steps")

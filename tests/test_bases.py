@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fdml import losses
 from fdml.adversary import attack_start, inner_attack, most_confused
-from fdml.bases import BASES, Step
+from fdml.bases import BASES, Step, further
 from fdml.errors import InputError
 from fdml.guidance import Advice
 from fdml.recipe import Recipe
@@ -44,11 +44,13 @@ def step_of(forward: Forward, *, advice: Advice | None = None, peer: Callable = 
     batch = TrainBatch(x, (x + 0.1 * torch.randn_like(x)).clamp(0, 1), y, advice, **more)  # pyright: ignore[reportArgumentType]
     logits, taps = forward(batch.x_adv)
     target = F.one_hot(y, 3).float()
-    return Step(batch, logits, taps, target, forward, peer, lambda rows: rows, ("stage", "features"))
+    return Step(batch, logits, taps, target, (), peer, lambda rows: rows, ("stage", "features"))
 
 
-def terms(name: str, step: Step) -> dict[str, Tensor]:
-    return BASES[name](recipe(name) if name != "ce" else recipe("pgd-at"), step)
+def terms(name: str, step: Step, forward: Forward, **changes: float) -> dict[str, Tensor]:
+    chosen = replace(recipe(name), **changes)  # pyright: ignore[reportArgumentType]
+    others = tuple(forward(images) for images in further(chosen, step.batch))
+    return BASES[name](chosen, replace(step, others=others))
 
 
 def test_every_base_that_a_recipe_may_name_is_there() -> None:
@@ -59,7 +61,7 @@ def test_every_base_that_a_recipe_may_name_is_there() -> None:
 def test_alp_pairs_the_logits() -> None:
     model = Small()
     step = step_of(model)
-    found = terms("alp", step)
+    found = terms("alp", step, model)
     clean, adversarial = model(step.batch.x)[0], model(step.batch.x_adv)[0]
     both = (F.cross_entropy(clean, step.batch.y) + F.cross_entropy(adversarial, step.batch.y)) / 2
     torch.testing.assert_close(found["ce"], both)
@@ -75,20 +77,27 @@ def test_hat_labels_images_beyond_the_adversarial_ones_by_the_teacher() -> None:
 
     teacher = torch.randn(6, 3)
     step = step_of(forward, advice=Advice(torch.randn(6, 3), {}, teacher))
-    found = terms("hat", step)
+    found = terms("hat", step, forward)
     helper = 2 * step.batch.x_adv - step.batch.x
     assert any(torch.allclose(images, helper) for images in asked)
     torch.testing.assert_close(found["helper"], 0.5 * F.cross_entropy(model(helper)[0], teacher.argmax(1)))
-    same = terms("trades", step)
+    same = terms("trades", step, model)
     torch.testing.assert_close(found["ce"], same["ce"])
     torch.testing.assert_close(found["kl"] / 2.5, same["kl"] / 6)
 
 
 def test_rslad_is_content_where_the_student_answers_as_the_teacher() -> None:
     answer = torch.randn(6, 3)
-    found = terms("rslad", step_of(lambda _images: (answer, {}), advice=Advice(answer, {})))
+
+    def as_teacher(_images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return answer, {}
+
+    def otherwise(_images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return answer.flip(1), {}
+
+    found = terms("rslad", step_of(as_teacher, advice=Advice(answer, {})), as_teacher)
     assert all(float(term) == pytest.approx(0, abs=1e-6) for term in found.values())
-    other = terms("rslad", step_of(lambda _images: (answer.flip(1), {}), advice=Advice(answer, {})))
+    other = terms("rslad", step_of(otherwise, advice=Advice(answer, {})), otherwise)
     p, q = answer.softmax(1), answer.flip(1).softmax(1)
     divergence = float((p * (p / q).log()).sum(1).mean())
     assert float(other["kl"]) == pytest.approx(5 / 6 * divergence, rel=1e-4)
@@ -115,7 +124,7 @@ def test_tla_has_a_triplet_with_the_own_image_and_one_with_another_of_the_class(
     model = Small()
     beside, choice = torch.rand(6, 1, 4, 4), torch.rand(6, 6)
     step = step_of(model, beside=beside, choice=choice)
-    found = terms("tla", step)
+    found = terms("tla", step, model)
     y = step.batch.y
     anchor, candidates = step.taps["features"].detach(), model(beside)[1]["features"].detach()
 
@@ -145,12 +154,12 @@ def test_agkd_bml_is_content_with_the_teachers_attention() -> None:
         return Advice(torch.randn(6, 3), {"stage": scale * model(images)[1]["stage"]})
 
     batch = replace(step.batch, advice=answers(step.batch.x_adv, 3.0), beside_advice=answers(backward, 0.5))
-    found = terms("agkd-bml", replace(step, batch=batch))
+    found = terms("agkd-bml", replace(step, batch=batch), model)
     assert found.keys() == {"ce", "bce", "kl", "attention", "triplet"}
     # A map is brought to [0, 1], whatever its scale.
     assert float(found["attention"].detach()) == pytest.approx(0, abs=1e-5)
     batch = replace(batch, advice=Advice(torch.randn(6, 3), {"stage": torch.rand(6, 5, 4, 4)}))
-    assert float(terms("agkd-bml", replace(step, batch=batch))["attention"].detach()) > 0.01
+    assert float(terms("agkd-bml", replace(step, batch=batch), model)["attention"].detach()) > 0.01
     clean = model(step.batch.x)[0].softmax(1)
     p = step.logits.softmax(1)
     mart = -torch.log(1.0001 - p.scatter(1, batch.y[:, None], 0).amax(1)).mean()
@@ -162,15 +171,15 @@ def test_agkd_bml_is_content_with_the_teachers_attention() -> None:
 def test_lbgat_pulls_student_and_peer_together() -> None:
     model, peer = Small(), Small()
     step = step_of(model, peer=lambda images: peer(images)[0])
-    found = terms("lbgat", step)
+    found = terms("lbgat", step, model)
     assert found.keys() == {"mse", "ce"}
     natural = peer(step.batch.x)[0]
     torch.testing.assert_close(found["mse"], (step.logits - natural).square().mean())
     torch.testing.assert_close(found["ce"], F.cross_entropy(natural, step.batch.y))
     gradients = torch.autograd.grad(found["mse"], [*peer.parameters(), *model.parameters()])
     assert all(bool(gradient.any()) for gradient in gradients)
-    six = BASES["lbgat"](replace(recipe("lbgat"), beta=6.0), step)
-    torch.testing.assert_close(six["kl"], terms("trades", step)["kl"])
+    six = terms("lbgat", step, model, beta=6.0)
+    torch.testing.assert_close(six["kl"], terms("trades", step, model)["kl"])
 
 
 def test_a_targeted_inner_attack_approaches_the_confused_class() -> None:

@@ -58,6 +58,7 @@ BASE = Recipe(
     augment="none",
     precision="fp32",
     compile=False,
+    one_pass=False,
     attack="pgd",
     attack_radius=1.0,
     attack_steps=2,
@@ -102,6 +103,11 @@ RECIPES = {
     "lbgat": replace(BASE, base="lbgat", beta=6.0, label_smoothing=0.0),
     "adversarial-negatives": replace(BASE, ml=1.0, margin=0.2, negative="adversarial"),
     "cutmix-parts": replace(BASE, augment="cutmix", accumulate=2),
+    "trades-one-pass": replace(BASE, base="trades", label_smoothing=0.0, one_pass=True),
+    "hat-one-pass": replace(BASE, base="hat", beta=2.5, gamma=0.5, label_smoothing=0.0, one_pass=True),
+    "agkd-bml-one-pass": replace(
+        BASE, base="agkd-bml", gamma=2.0, label_smoothing=0.5, attack_target="confused", one_pass=True
+    ),
     "awp": replace(BASE, awp=0.01, clip=1.0, augment="crop"),
     "pgd-at-linf": replace(BASE, norm="linf", eps=0.2),
 }

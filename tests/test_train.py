@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import nn
 
 import fdml
 from fdml.data import load as load_data
@@ -334,6 +335,25 @@ def test_adapters_are_in_every_loss(digits: DataSet) -> None:
     terms.total().backward()
     assert guided.adapters
     assert all(p.grad is not None for p in guided.parameters())
+
+
+def test_in_one_pass_the_running_statistics_describe_what_the_student_learnt_by(digits: DataSet) -> None:
+    """Clean and adversarial images in one pass are normalised as the model in inference will; by themselves, not."""
+    x, y = torch.rand(32, 1, 8, 8), torch.arange(32) % 10
+    batch = TrainBatch(x, (x + 0.5).clamp(max=1.0), y)
+    apart = {}
+    for one_pass in (True, False):
+        chosen = tiny("trades", one_pass=one_pass)
+        model = new_model(chosen, digits, None, None)
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0 if one_pass else None  # the last pass alone, or the mean of all
+        guided = Guided(model, None, x[:2])
+        found = objective(chosen, guided, guided, batch, 0.0, World(0, 1, torch.device("cpu")))
+        model.eval()
+        again = objective(chosen, guided, guided, batch, 0.0, World(0, 1, torch.device("cpu")))
+        apart[one_pass] = abs(float(found.losses["kl"].detach()) - float(again.losses["kl"].detach()))
+    assert apart[True] < 0.05 * apart[False]
 
 
 def test_a_given_teacher_is_taken(finished: Path, digits: DataSet, tmp_path: Path) -> None:
