@@ -50,7 +50,7 @@ def dots_figure(title: str, rows: Mapping[str, Mapping[str, Sequence[float]]]) -
     axes.set_yticks(range(len(order)), order)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(axis="y", color=PALE, lw=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(color=PALE, labelcolor=INK, length=0)
