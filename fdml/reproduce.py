@@ -51,9 +51,11 @@ ABLATIONS = (
     "fdml:attack_target=confused",
     "fdml:base=trades,one_pass=true",
     "fdml:base=mart,beta=5,one_pass=true",
+    "pgd-at:start=teacher",
 )
 """The method with the student's own clean features as positives, the confused class's adversarial images as negatives,
-the targeted inner attack of AGKD-BML, and other terms for the label."""
+the targeted inner attack of AGKD-BML, and other terms for the label; and what is left of it without its two terms, the
+start from the teacher's weights."""
 
 _GRAY = ("mi-fgsm", "di-ti", "pgd50-transfer")
 
