@@ -298,7 +298,7 @@ def reproduce(
     from dataclasses import asdict
 
     from fdml import reproduce as tables
-    from fdml.outcomes import markdown
+    from fdml.outcomes import summary
 
     if table is None:
         _listing(dict(tables.described()), as_json)
@@ -319,7 +319,10 @@ def reproduce(
         device=device,
         console=None if as_json else _console(),
     )
-    print(json.dumps([asdict(each) for each in found]) if as_json else markdown(found))
+    if as_json:
+        print(json.dumps([asdict(each) for each in found]))
+    else:
+        _console().print(summary(found, tables.TABLES[table].ours))
 
 
 @app.command(epilog="Example:  fdml evaluate runs/fdml-digits --attack autoattack")

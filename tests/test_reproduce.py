@@ -2,18 +2,20 @@
 
 import json
 from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import call
 from filelock import FileLock
+from rich.console import Console
 
 from fdml import reproduce as tables
 from fdml.data import load
 from fdml.errors import InputError, Stopped
 from fdml.evaluate.suites import step
-from fdml.outcomes import Outcome, markdown
+from fdml.outcomes import Outcome, leads, markdown, summary
 from fdml.recipes import RECIPES, recipe
 from fdml.reproduce import TABLES, reproduce, smoke
 from fdml.threat import Threat
@@ -26,6 +28,7 @@ def test_every_table_can_be_run(name: str) -> None:
     table = TABLES[name]
     assert table.seeds >= 3
     assert {row.partition(":")[0] for row in table.rows} <= set(RECIPES)
+    assert table.ours in table.rows
     for row in table.rows:
         chosen = tables._recipe(row, table)
         Threat(chosen.norm, chosen.eps)
@@ -52,6 +55,7 @@ def test_a_table_is_run_and_collected_and_not_run_again(tmp_path: Path) -> None:
     assert table.startswith("| method | seeds | clean | FGSM | PGD-20 | random noise | gray | worst | seconds |")
     assert "| pgd-at:attack_steps=1 | 1 |" in table
     assert "20 test images, linf 0.2" in table
+    assert "| fdml over | seed 0 | mean |" in table
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     teachers = {path.stat().st_mtime_ns for path in tmp_path.glob("teacher-0/teacher.safetensors")}
     assert len(teachers) == 1
@@ -114,6 +118,40 @@ def test_means_and_deviations_are_over_the_seeds() -> None:
     )
     assert "| fdml | 2 | 80.0 ± 0.0 | 50.0 ± 0.0 | 70.0 ± 0.0 | 52.0 ± 2.8 | 15 |" in text
     assert "| pgd-at | 1 | 80.0 | 50.0 | 70.0 | 50.0 | - |" in text
+
+
+def test_leads_are_of_one_seed_over_the_same_seed() -> None:
+    text = leads(
+        [
+            OUTCOME,
+            replace(OUTCOME, seed=1, worst=0.54),
+            replace(OUTCOME, row="trades", worst=0.2),
+            replace(OUTCOME, row="mart", worst=0.51),
+            replace(OUTCOME, row="mart", seed=1, worst=0.51),
+            replace(OUTCOME, row="alp", seed=2),
+        ],
+        "fdml",
+    )
+    assert text.splitlines()[:4] == [
+        "| fdml over | seed 0 | seed 1 | mean |",
+        "| - | - | - | - |",
+        "| mart | -1.0 | +3.0 | +1.0 ± 2.0 |",
+        "| trades | +30.0 | - | +30.0 |",
+    ]
+    assert "alp" not in text
+    assert leads([OUTCOME], "fdml") == leads([OUTCOME], "pgd-at") == ""
+
+
+def test_what_is_shown_fits_a_terminal() -> None:
+    long = replace(OUTCOME, row="fdml:base=mart,beta=5,one_pass=true", worst=0.4)
+    outcomes = [replace(each, seed=seed) for seed in (0, 1) for each in (OUTCOME, long)]
+    shown = StringIO()
+    Console(width=80, file=shown).print(summary(outcomes, "fdml"))
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.split() == ["fdml", "80.0", "±", "0.0", "70.0", "-", "50.0", "50.0", "±", "0.0"] for line in lines)
+    assert any("40.0 ± 0.0  +10.0 ± 0.0" in line for line in lines)
+    assert any("fdml:base=mart,b" in line for line in lines)
 
 
 def test_commands_side_by_side_share_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
