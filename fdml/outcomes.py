@@ -70,9 +70,7 @@ def collect(outcomes: Sequence[Outcome], data: str, out: Path, ours: str) -> Non
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
     """The table, with means and deviations over the seeds, as text that docs/results.md takes."""
-    rows: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        rows.setdefault(outcome.row, []).append(outcome)
+    rows = _by_row(outcomes)
     attacks = [name for name in outcomes[0].accuracies if name != "clean"]
     inside = [name for name in attacks if not name.startswith("gray ")]
     heads = ["method", "seeds", "clean", *(LABELS.get(name, name) for name in inside), "gray", "worst", "seconds"]
@@ -104,9 +102,7 @@ def summary(outcomes: Sequence[Outcome], ours: str) -> Table:
     """What of the table fits a terminal: the kinds of attack in place of each of them, and what ``ours`` leads by.
     Deviations are for the two columns that are quoted."""
     first, by_seed = outcomes[0], _leads(outcomes, ours)
-    rows: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        rows.setdefault(outcome.row, []).append(outcome)
+    rows = _by_row(outcomes)
     table = Table(
         box=box.SIMPLE_HEAD,
         title=Text(f"{first.n:,} {SPLITS[first.split]} images, attacks inside {first.threat}", style="bold"),
@@ -130,6 +126,13 @@ def summary(outcomes: Sequence[Outcome], ours: str) -> Table:
             cells.append(_lead(by_seed[row]) if row in by_seed else "")
         table.add_row(Text(row), *cells, style="bold" if row == ours else None)
     return table
+
+
+def _by_row(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    rows: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        rows.setdefault(outcome.row, []).append(outcome)
+    return rows
 
 
 def _leads(outcomes: Sequence[Outcome], ours: str) -> dict[str, dict[int, float]]:

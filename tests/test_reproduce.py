@@ -64,6 +64,9 @@ def test_a_table_is_run_and_collected_and_not_run_again(tmp_path: Path) -> None:
     code, again, err = call(*words, *rows)
     assert (code, json.loads(again)) == (0, found)
     assert students == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student.safetensors")}
+    code, shown, _ = call(*(word for word in words if word != "--json"), *rows)
+    assert code == 0
+    assert "lead of fdml in the worst case" in " ".join(shown.split())
     code, _, err = call(*words, "--row", "fdml", "--set", "eps=0.1")
     assert code == 2
     assert "holds a run of other settings" in err
