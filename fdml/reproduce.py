@@ -1,7 +1,8 @@
 """The tables of the paper's claim: rows are trained, attacked from outside and inside, and collected, seed by seed.
 
-A row is a recipe with perhaps other keys: ``trades`` or ``trades:epochs=2,attack_steps=5``. Every row of a seed learns
-from one clean teacher, where it has one at all. Whatever was finished is not done again, and what was stopped goes on.
+A row is a recipe with perhaps other keys: ``trades`` or ``trades:epochs=2,augment=flip,crop``. The rows of a seed learn
+from one clean teacher, where they have one at all and no row asks for another. Whatever was finished is not done again,
+and what was stopped goes on.
 """
 
 import json
@@ -66,7 +67,7 @@ class Table:
     1, …, and the images that judge: ``limit`` of a ``split``, ``test`` or, to choose by, ``val``.
 
     ``white`` and ``black`` are attacks on the model itself, with and without its gradient; the gray ones are crafted on
-    the seed's clean teacher, an undefended network of the same architecture. ``ours`` is the row that the others are
+    the seed's clean teacher, an undefended network of the table's architecture. ``ours`` is the row that the others are
     held against.
     """
 
@@ -266,18 +267,25 @@ def _judges(table: Table, recipe: Recipe, data: DataSet) -> range:
 
 
 def _recipe(row: str, table: Table) -> Recipe:
-    method, _, changes = row.partition(":")
-    return override(named(method, table.data), [*table.keys, *(changes.split(",") if changes else [])])
+    method, _, text = row.partition(":")
+    changes = re.split(r",(?=[^,]*=)", text) if text else []  # a comma may stand in a value: augment=flip,crop
+    recipe = override(named(method, table.data), [*table.keys, *changes])
+    if recipe.teacher_kind == "robust" and not any(each.strip().startswith("teacher_epochs") for each in changes):
+        # A table's teacher_epochs are the clean teacher's; a robust one learns for as long as its student.
+        recipe = replace(recipe, teacher_epochs=recipe.epochs)
+    return recipe
 
 
 def _one(row: str, recipe: Recipe, table: Table, data: DataSet, out: Path, world: World, console: Console) -> Outcome:
     kept = _kept(row, recipe.seed, recipe, table, data, out)
     if kept is not None:
         return kept
-    folder = _folder(out, row, recipe.seed)
+    clean = _clean(table, recipe.seed)
     with _alone(out / f"teacher-{recipe.seed}"):
-        teacher = _teacher(recipe, data, out, world, console)
-    shared = teacher if recipe.needs_teacher and recipe.teacher_kind == "clean" else None
+        teacher = _teacher(clean, data, out, world, console)
+    folder = _folder(out, row, recipe.seed)
+    own = recipe.teacher_kind == "robust" or any(getattr(recipe, key) != getattr(clean, key) for key in _TEACHER)
+    shared = None if own or not recipe.needs_teacher else teacher
     data, run = data.to(world.device), Run(folder)
     run.begin(recipe, {"name": data.name, "fingerprint": data.fingerprint}, resume=True, overwrite=False)
     guide = teach(recipe, data, run, world, shared, console) if recipe.needs_teacher else None
@@ -291,24 +299,28 @@ def _one(row: str, recipe: Recipe, table: Table, data: DataSet, out: Path, world
     return outcome
 
 
-def _teacher(recipe: Recipe, data: DataSet, out: Path, world: World, console: Console) -> Path:
-    """The seed's clean teacher, trained once for all rows: what they learn from, and what gray attacks are made on."""
-    run = Run(out / f"teacher-{recipe.seed}")
-    clean = replace(named("fdml", data.name), **_network(recipe), seed=recipe.seed).teacher()
+_TEACHER = (
+    "architecture", "width", "preact", "batch_size", "augment", "precision", "compile", "teacher_epochs", "teacher_lr",
+    "teacher_width", "val_fraction", "val_limit", "weight_decay",
+)  # fmt: skip
+"""The keys that a clean teacher is made by: a row that differs in one of them learns from a teacher of its own."""
+
+
+def _clean(table: Table, seed: int) -> Recipe:
+    """The recipe whose teacher the rows of a seed share."""
+    return replace(_recipe("fdml", table), seed=seed)
+
+
+def _teacher(clean: Recipe, data: DataSet, out: Path, world: World, console: Console) -> Path:
+    """The seed's clean teacher, trained once for all rows: what they learn from, and what gray attacks are made on.
+
+    Raises ``InputError`` where the folder holds another one.
+    """
+    run, recipe = Run(out / f"teacher-{clean.seed}"), clean.teacher()
+    run.begin(recipe, {"name": data.name, "fingerprint": data.fingerprint}, resume=True, overwrite=False)
     if not run.model("teacher").exists():
-        run.begin(clean, {"name": data.name, "fingerprint": data.fingerprint}, resume=True, overwrite=False)
-        fit(clean, data.to(world.device), run, world, "teacher", None, console)
+        fit(recipe, data.to(world.device), run, world, "teacher", None, console)
     return run.model("teacher")
-
-
-def _network(recipe: Recipe) -> dict[str, Any]:
-    """What teacher and student of a seed have in common."""
-    same = (
-        "architecture", "width", "preact", "batch_size", "augment", "precision", "compile", "teacher_lr",
-        "teacher_width", "val_fraction", "val_limit", "weight_decay", "norm", "eps",
-    )  # fmt: skip
-    found = {name: getattr(recipe, name) for name in same}
-    return found | {"teacher_epochs": recipe.teacher_epochs if recipe.teacher_kind == "clean" else recipe.epochs}
 
 
 def judge(

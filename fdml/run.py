@@ -129,7 +129,7 @@ class Run:
                 if old.get(key) != new.get(key):
                     raise InputError(
                         f"{self.path} was begun with {kind} {key}={old.get(key)!r}, not {new.get(key)!r}: resume it as"
-                        " it was, or start again with --overwrite"
+                        " it was, or name another folder with --out"
                     )
 
 

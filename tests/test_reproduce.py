@@ -72,6 +72,30 @@ def test_a_table_is_run_and_collected_and_not_run_again(tmp_path: Path) -> None:
     assert "holds a run of other settings" in err
 
 
+def test_a_row_may_have_a_teacher_of_its_own(tmp_path: Path) -> None:
+    rows = ("--row", "fdml", "--row", "fdml:teacher_lr=0.05", "--row", "fdml:fd_layers=stage2,stage3,ml=1")
+    words = ("reproduce", "digits", "--smoke", "--out", tmp_path, "--json", "--device", "cpu")
+    code, out, err = call(*words, *rows)
+    assert code == 0, err
+    assert json.loads(out)[2]["recipe"]["fd_layers"] == "stage2,stage3"
+    teachers = {path.parent.name: path.read_bytes() for path in tmp_path.glob("*/teacher.safetensors")}
+    shared = teachers["teacher-0"]
+    assert teachers["fdml-0"] == shared
+    assert teachers["fdml-fd_layers=stage2-stage3-ml=1-0"] == shared
+    assert teachers["fdml-teacher_lr=0.05-0"] != shared
+    code, _, err = call(*words, "--row", "ml", "--set", "teacher_lr=0.05")
+    assert code == 2
+    assert "lr=0.1, not 0.05: resume it as it was, or name another folder with --out" in " ".join(err.split())
+
+
+def test_a_robust_teacher_learns_for_as_long_as_its_student() -> None:
+    table = replace(TABLES["fashion-mnist"], keys=("epochs=4", "teacher_epochs=3"))
+    assert tables._recipe("rslad", table).teacher().epochs == 4
+    assert tables._recipe("rslad:epochs=5", table).teacher().epochs == 5
+    assert tables._recipe("rslad:teacher_epochs=6", table).teacher().epochs == 6
+    assert tables._recipe("fdml", table).teacher().epochs == 3
+
+
 def test_choices_are_judged_on_validation_images_that_chose_no_epoch(tmp_path: Path) -> None:
     words = ("reproduce", "digits", "--smoke", "--row", "pgd-at", "--out", tmp_path, "--json", "--device", "cpu")
     code, out, err = call(*words, "--split", "val", "--limit", "9")
