@@ -270,9 +270,9 @@ def _recipe(row: str, table: Table) -> Recipe:
     method, _, text = row.partition(":")
     changes = re.split(r",(?=[^,]*=)", text) if text else []  # a comma may stand in a value: augment=flip,crop
     recipe = override(named(method, table.data), [*table.keys, *changes])
-    if recipe.teacher_kind == "robust" and not any(each.strip().startswith("teacher_epochs") for each in changes):
-        # A table's teacher_epochs are the clean teacher's; a robust one learns for as long as its student.
-        recipe = replace(recipe, teacher_epochs=recipe.epochs)
+    if recipe.teacher_kind == "robust":
+        # A table's teacher_epochs are the clean teacher's; a robust one has its student's, where the row names none.
+        recipe = override(replace(recipe, teacher_epochs=recipe.epochs), changes)
     return recipe
 
 
@@ -285,10 +285,9 @@ def _one(row: str, recipe: Recipe, table: Table, data: DataSet, out: Path, world
         teacher = _teacher(clean, data, out, world, console)
     folder = _folder(out, row, recipe.seed)
     own = recipe.teacher_kind == "robust" or any(getattr(recipe, key) != getattr(clean, key) for key in _TEACHER)
-    shared = None if own or not recipe.needs_teacher else teacher
     data, run = data.to(world.device), Run(folder)
     run.begin(recipe, {"name": data.name, "fingerprint": data.fingerprint}, resume=True, overwrite=False)
-    guide = teach(recipe, data, run, world, shared, console) if recipe.needs_teacher else None
+    guide = teach(recipe, data, run, world, None if own else teacher, console) if recipe.needs_teacher else None
     whole = not run.state("student").exists()
     clock = time.process_time if world.device.type == "cpu" else time.monotonic
     began = clock()
@@ -303,7 +302,8 @@ _TEACHER = (
     "architecture", "width", "preact", "batch_size", "augment", "precision", "compile", "teacher_epochs", "teacher_lr",
     "teacher_width", "val_fraction", "val_limit", "weight_decay",
 )  # fmt: skip
-"""The keys that a clean teacher is made by: a row that differs in one of them learns from a teacher of its own."""
+"""A row that differs from its table in one of these learns from a clean teacher of its own. Other keys that a teacher
+is trained by, label smoothing say, leave the table's, so that such a row shows what they do to the student."""
 
 
 def _clean(table: Table, seed: int) -> Recipe:

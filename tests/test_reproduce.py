@@ -93,6 +93,7 @@ def test_a_robust_teacher_learns_for_as_long_as_its_student() -> None:
     assert tables._recipe("rslad", table).teacher().epochs == 4
     assert tables._recipe("rslad:epochs=5", table).teacher().epochs == 5
     assert tables._recipe("rslad:teacher_epochs=6", table).teacher().epochs == 6
+    assert tables._recipe("rslad:teacher-epochs=6", table).teacher().epochs == 6
     assert tables._recipe("fdml", table).teacher().epochs == 3
 
 

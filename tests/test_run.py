@@ -67,7 +67,8 @@ def test_a_run_is_resumed_as_it_was_begun(tmp_path: Path) -> None:
     before = (tmp_path / "recipe.json").stat().st_mtime_ns
     run.begin(RECIPE, DATA, resume=True, overwrite=False)
     assert (tmp_path / "recipe.json").stat().st_mtime_ns == before
-    refused(run, "recipe eps=0.2, not 0.3: resume it .* with --out", recipe=Recipe(name="fdml", eps=0.3, width=4))
+    other = Recipe(name="fdml", eps=0.3, width=4)
+    refused(run, "begun with recipe eps=0.2, not 0.3.* name another folder with --out", recipe=other)
     refused(run, "begun with recipe width=4, not None", recipe=Recipe(name="fdml", eps=0.2))
     with pytest.raises(InputError, match="begun with data fingerprint='00ff', not '01'"):
         run.begin(RECIPE, DATA | {"fingerprint": "01"}, resume=True, overwrite=False)
